@@ -1,0 +1,343 @@
+"""The optimizer base: parameters, groups, states, one step over all of them, and state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fused_adam import _checks, backends
+from fused_adam._arrays import Array, order, ravel
+from fused_adam._codegen import Rule
+from fused_adam._layout import FlatBuffer, Layout, leaves, match
+
+_FORMAT = 1  # of state dicts
+
+
+class Update(NamedTuple):
+    """What a group's hyperparameters ask for at one step."""
+
+    rule: Rule
+    coefficients: Mapping[str, float]
+
+
+class _Part:
+    """The parameters of one group and dtype, and their states."""
+
+    def __init__(self, group: int, flat: FlatBuffer | None, dtype: np.dtype[Any]) -> None:
+        self.group = group
+        self.flat = flat
+        self.dtype = dtype
+        self.names: list[str] = []  # of the gradients
+        self.parameters: list[Array] = []
+        self.states: dict[str, FlatBuffer] = {}
+
+    def allocate(self, states: Iterable[tuple[str, float]]) -> None:
+        layout = self.flat.layout if self.flat else Layout.of([ravel(p) for p in self.parameters], self.dtype)
+        for name, value in states:
+            self.states[name] = FlatBuffer(layout)
+            if value:
+                for view in self.states[name].views:
+                    view[...] = value
+
+    def rows(self) -> backends.Part:
+        states = self.states.values()
+        rows = zip(map(ravel, self.parameters), *(s.views for s in states), strict=True)
+        runs = zip(self.flat.runs, *(s.runs for s in states), strict=True) if self.flat else ()
+        shapes = [p.shape if order(p) == "C" else None for p in self.parameters]
+        return backends.Part(self.dtype, shapes, list(rows), list(runs))
+
+    def state_views(self, name: str) -> list[Array]:
+        """A state of each parameter, in the parameter's shape and memory order."""
+        views = zip(self.states[name].views, self.parameters, strict=True)
+        return [v.reshape(p.shape, order="C" if order(p) == "C" else "F") for v, p in views]
+
+
+class Optimizer:
+    """Steps all parameters of all groups in one call, in place. Subclasses say which rule and coefficients.
+
+    Attributes:
+        param_groups: a list of dicts, as in PyTorch: "params" and the hyperparameters, which may be changed between steps.
+        backend: the name of the backend that runs the step.
+        t: the number of steps done.
+    """
+
+    param_groups: list[dict[str, Any]]
+    backend: str
+
+    def __init__(self, params: Any, hyperparameters: dict[str, Any], backend: str = "auto") -> None:
+        if _is_groups(params):
+            groups = [dict(group) for group in params]
+            for k, group in enumerate(groups):
+                for key in group:
+                    if key != "params" and key not in hyperparameters:
+                        raise ValueError(
+                            f"params[{k}] has the unknown key {key!r}; {type(self).__name__} has {list(hyperparameters)}"
+                        )
+            groups = [{"params": g.pop("params"), **hyperparameters, **g} for g in groups]
+        else:
+            groups = [{"params": params, **hyperparameters}]
+        self._one_group = not _is_groups(params)
+        self._names = tuple(hyperparameters)
+        self._set_up(groups, backend)
+
+    def _update(self, group: Mapping[str, Any], t: int) -> Update:
+        """The rule and its coefficients for step t >= 1, from checked hyperparameters."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which rule it runs")
+
+    def _initial(self, group: Mapping[str, Any], state: str) -> float:
+        """The value a state starts from."""
+        return 0.0
+
+    def _check(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The group's hyperparameters, checked. Raises TypeError or ValueError."""
+        for name in self._names:
+            if name not in group:
+                raise ValueError(f"a group of {type(self).__name__} has no {name!r}; it has {list(group)}")
+        return {name: self._check_one(name, group[name]) for name in self._names}
+
+    def _check_one(self, name: str, value: Any) -> Any:
+        return _checks.HYPERPARAMETERS[name](name, value)
+
+    # --- construction -----------------------------------------------------------------------------------------------
+
+    def _set_up(self, groups: list[dict[str, Any]], backend: str) -> None:
+        import logging  # here, because it is a tenth of the package's import time
+
+        backends.check_name(backend)
+        checked = [self._check(group) for group in groups]
+        self._parts: list[_Part] = []
+        self._index: list[list[tuple[int, int]]] = []  # for each group's leaves: (part, position in it)
+        everything: list[tuple[str, Any]] = []
+        for k, group in enumerate(groups):
+            path = "params" if self._one_group else f'params[{k}]["params"]'
+            named = list(leaves(group["params"], path))
+            _checks.parameters(named)
+            everything += named
+            self._index.append(self._split(k, group["params"], named, path))
+        _checks.parameters(everything)
+
+        for part in self._parts:
+            group = checked[part.group]
+            part.allocate((name, self._initial(group, name)) for name in self._update(group, 1).rule.states)
+        self.param_groups = groups
+        self._t = np.zeros(1, np.int64)
+        self._requested = backend
+        parts = [part.rows() for part in self._parts]
+        self.backend = backends.choose(backend, sum(p.size for _, p in everything))
+        writes = _checks.Extents([a for part in parts for row in part.rows for a in row])
+        self._stepper = backends.load(self.backend).Stepper(parts, self._t, writes)
+        logging.getLogger("fused_adam").info("%s runs on the %s backend", type(self).__name__, self.backend)
+
+    def _split(self, group: int, params: Any, named: list[tuple[str, Any]], path: str) -> list[tuple[int, int]]:
+        """Put a group's parameters into parts of one dtype each."""
+        flat = params if isinstance(params, FlatBuffer) else None
+        gradient_path = "grads" if self._one_group else f"grads[{group}]"
+        parts: dict[Any, int] = {}
+        index = []
+        for name, p in named:
+            if p.dtype not in parts:
+                parts[p.dtype] = len(self._parts)
+                self._parts.append(_Part(group, flat, p.dtype))
+            part = self._parts[parts[p.dtype]]
+            index.append((parts[p.dtype], len(part.parameters)))
+            part.names.append(gradient_path + name[len(path) :])
+            part.parameters.append(p)
+        return index
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    @property
+    def t(self) -> int:
+        return int(self._t[0])
+
+    def prepare(self) -> None:
+        """Compile and allocate now what the first step would."""
+        self._stepper.prepare([u.rule for u in self._updates(self.t + 1)])
+
+    def step(self, grads: Any) -> None:
+        """Update all parameters and states in place.
+
+        Args:
+            grads: arrays in the structure of the parameters (with groups: a list with one entry for each), of their
+                shapes and dtypes, or a FlatBuffer. Never written; must not overlap what the step writes.
+
+        Raises:
+            ValueError, TypeError: a gradient or hyperparameter is wrong. Nothing is changed then.
+        """
+        groups = self._group_gradients(grads)
+        gradients = [self._part_gradients(part, groups) for part in self._parts]
+        self._run(gradients)
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> None:
+        """The step in TensorFlow's form: (gradient, parameter) pairs in any order, each parameter exactly once.
+
+        Raises:
+            ValueError, TypeError: as `step`; an array is not a parameter of this optimizer, or comes twice or never.
+        """
+        positions = {
+            id(p): (k, j) for k, part in enumerate(self._parts) for j, p in enumerate(part.parameters)
+        }
+        gradients: list[list[Any]] = [[_MISSING] * len(part.parameters) for part in self._parts]
+        for n, pair in enumerate(grads_and_vars):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise TypeError(f"grads_and_vars[{n}] should be a (gradient, parameter) pair, got {_checks.kind(pair)}")
+            g, p = pair
+            if id(p) not in positions:
+                raise ValueError(f"grads_and_vars[{n}]: not a parameter of this optimizer; pass the arrays it was given")
+            k, j = positions[id(p)]
+            if gradients[k][j] is not _MISSING:
+                raise ValueError(f"grads_and_vars[{n}]: this parameter came before; pass each once, gradients summed")
+            gradients[k][j] = g
+        for part, gs in zip(self._parts, gradients, strict=True):
+            for name, g in zip(part.names, gs, strict=True):
+                if g is _MISSING:
+                    raise ValueError(f"the gradient of {name.replace('grads', 'params', 1)} is missing; pass zeros for none")
+        loose = zip(self._parts, gradients, strict=True)
+        self._run([backends.Loose(part.names, gs, part.parameters) for part, gs in loose])
+
+    def _run(self, gradients: Sequence[backends.Gradients]) -> None:
+        t = self.t + 1
+        if t > _checks.MAX_STEP:
+            raise ValueError("the step count has reached 2**63 - 1")
+        updates = self._updates(t)
+        rules = [u.rule for u in updates]
+        values = [[u.coefficients[n] for n in u.rule.coefficients] for u in updates]
+        for part, rule, xs in zip(self._parts, rules, values, strict=True):
+            _checks.coefficients(zip(rule.coefficients, xs, strict=True), part.dtype)
+        self._stepper.step(t, rules, values, gradients)
+
+    def _updates(self, t: int) -> list[Update]:
+        """One for each part. Raises when a changed hyperparameter asks for states that do not exist."""
+        by_group = [self._update(self._check(group), t) for group in self.param_groups]
+        updates = [by_group[part.group] for part in self._parts]
+        for part, update in zip(self._parts, updates, strict=True):
+            if update.rule.states != tuple(part.states):
+                raise ValueError(
+                    f"param_groups[{part.group}] was changed from states {tuple(part.states)} to {update.rule.states}; "
+                    "make a new optimizer for that"
+                )
+        return updates
+
+    def _group_gradients(self, grads: Any) -> Sequence[Any]:
+        if self._one_group:
+            return [grads]
+        if not isinstance(grads, list | tuple):
+            raise ValueError(f"grads should be a list with one entry for each group, got {_checks.kind(grads)}")
+        if len(grads) != len(self.param_groups):
+            raise ValueError(f"grads has {len(grads)} entries but there are {len(self.param_groups)} groups")
+        return grads
+
+    def _part_gradients(self, part: _Part, groups: Sequence[Any]) -> backends.Gradients:
+        grads = groups[part.group]
+        if part.flat is not None and isinstance(grads, FlatBuffer):
+            if grads.layout is part.flat.layout or grads.layout == part.flat.layout:
+                if grads is part.flat:
+                    raise _checks.overlap("grads")
+                return grads
+        path = "grads" if self._one_group else f"grads[{part.group}]"
+        matched = list(match(grads, self.param_groups[part.group]["params"], path))
+        mine = [g for g, (k, _) in zip(matched, self._index[part.group], strict=True) if self._parts[k] is part]
+        return backends.Loose(part.names, mine, part.parameters)
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a later run needs to continue bit for bit, as plain dicts of numbers and array copies.
+
+        Keys: "format", "optimizer", "t", "param_groups" (hyperparameters, "params" as indices) and "state": for each
+        parameter in order a dict of arrays in its shape.
+        """
+        state: list[dict[str, Array]] = []
+        groups = []
+        for group, index in zip(self.param_groups, self._index, strict=True):
+            numbers = list(range(len(state), len(state) + len(index)))
+            groups.append({**{name: group[name] for name in self._names}, "params": numbers})
+            state += [{name: view.copy(order="K") for name, view in views.items()} for views in self._views(index)]
+        return {
+            "format": _FORMAT,
+            "optimizer": type(self).__name__,
+            "t": self.t,
+            "param_groups": groups,
+            "state": state,
+        }
+
+    def _views(self, index: list[tuple[int, int]]) -> list[dict[str, Array]]:
+        by_part = {k: {n: self._parts[k].state_views(n) for n in self._parts[k].states} for k, _ in index}
+        return [{name: views[j] for name, views in by_part[k].items()} for k, j in index]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`: states, t and hyperparameters.
+
+        Raises:
+            ValueError, TypeError: it does not fit this optimizer and its parameters. Nothing is changed then.
+        """
+        d = state_dict
+        _checks.same_keys("state_dict", d, ("format", "optimizer", "t", "param_groups", "state"))
+        if d["format"] != _FORMAT:
+            raise ValueError(f"state_dict has format {d['format']!r}; this version reads {_FORMAT}")
+        if d["optimizer"] != type(self).__name__:
+            raise ValueError(f"state_dict is of {d['optimizer']!r} but this is {type(self).__name__}")
+        t = _checks.step_number(d["t"], least=0)
+        for name, have in (("param_groups", len(self.param_groups)), ("state", sum(map(len, self._index)))):
+            if not isinstance(d[name], list | tuple) or len(d[name]) != have:
+                raise ValueError(f'state_dict["{name}"] should be a list of {have}, got {_checks.kind(d[name])}')
+        hyperparameters = []
+        copies: list[tuple[Array, Array]] = []
+        number = 0
+        for k, (group, index) in enumerate(zip(self.param_groups, self._index, strict=True)):
+            path = f'state_dict["param_groups"][{k}]'
+            given = d["param_groups"][k]
+            _checks.same_keys(path, given, (*self._names, "params"))
+            numbers = list(range(number, number + len(index)))
+            if list(given["params"]) != numbers:
+                raise ValueError(f'{path}["params"] should be {numbers}, got {given["params"]}')
+            hyperparameters.append(self._check(given))
+            wanted = self._update(hyperparameters[-1], 1).rule.states
+            for views in self._views(index):
+                if tuple(views) != wanted:
+                    raise ValueError(f"{path} asks for states {wanted} but this optimizer has {tuple(views)}")
+                name = f'state_dict["state"][{number}]'
+                _checks.same_keys(name, d["state"][number], views)
+                for key, view in views.items():
+                    _checks.state(f'{name}["{key}"]', d["state"][number][key], view.shape, view.dtype)
+                    copies.append((view, d["state"][number][key]))
+                number += 1
+        with backends.DeferredInterrupt():
+            for view, source in copies:
+                view[...] = source
+            for group, values in zip(self.param_groups, hyperparameters, strict=True):
+                group.update(values)
+            self._t[0] = t
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "groups": [dict(group) for group in self.param_groups],
+            "one_group": self._one_group,
+            "names": self._names,
+            "backend": self._requested,
+            "state": self.state_dict(),
+        }
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self._one_group = saved["one_group"]
+        self._names = saved["names"]
+        self._set_up(saved["groups"], saved["backend"])
+        self.load_state_dict(saved["state"])
+
+    def __repr__(self) -> str:
+        groups = ", ".join(str({name: g[name] for name in self._names}) for g in self.param_groups)
+        return f"{type(self).__name__}({groups}, backend={self.backend!r}, t={self.t})"
+
+
+_MISSING = object()
+
+
+def _is_groups(params: Any) -> bool:
+    """A list of dicts that each have "params"."""
+    return (
+        isinstance(params, list | tuple)
+        and len(params) > 0
+        and all(isinstance(g, dict) and "params" in g for g in params)
+    )

@@ -1,0 +1,245 @@
+"""Every argument check and every error message: what is wrong, what was given, what to do. Nothing is written here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fused_adam._arrays import DTYPES, Array, address, order, ravel
+
+MAX_STEP = 2**63 - 1
+# The largest float64 that rounds to a finite float32.
+_FLOAT32_LIMIT = 3.4028235677973362e38
+
+
+def kind(x: Any) -> str:
+    """How a message calls something that is not what it should be."""
+    if isinstance(x, np.ndarray | np.generic) and not isinstance(x, np.ma.MaskedArray):
+        return f"a NumPy array of {x.dtype}"
+    if x is None:
+        return "None"
+    t = type(x)
+    module = "" if t.__module__ in ("builtins", "__main__") else t.__module__.split(".")[0] + "."
+    return f"a {module}{t.__name__}"
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def real(name: str, x: Any) -> float:
+    """A finite number as float. Raises TypeError or ValueError."""
+    if isinstance(x, bool | np.bool_) or not isinstance(x, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} should be a number, got {x!r}")
+    try:
+        value = float(x)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"{name} should be finite, got {x}")
+    return value
+
+
+def nonnegative(name: str, x: Any) -> float:
+    value = real(name, x)
+    if value < 0:
+        raise ValueError(f"{name} should be at least 0, got {x}")
+    return value
+
+
+def decay_rate(name: str, x: Any) -> float:
+    value = real(name, x)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} should be in [0, 1), got {x}")
+    return value
+
+
+def betas(name: str, x: Any) -> tuple[float, float]:
+    if not isinstance(x, tuple | list) or len(x) != 2:
+        raise TypeError(f"{name} should be a pair of numbers, got {x!r}")
+    return decay_rate("beta1", x[0]), decay_rate("beta2", x[1])
+
+
+def flag(name: str, x: Any) -> bool:
+    if not isinstance(x, bool | np.bool_):
+        raise TypeError(f"{name} should be True or False, got {x!r}")
+    return bool(x)
+
+
+def step_number(x: Any, least: int = 1) -> int:
+    if isinstance(x, bool | np.bool_) or not isinstance(x, int | np.integer):
+        raise TypeError(f"step should be an int, got {x!r}")
+    if not least <= x <= MAX_STEP:
+        raise ValueError(f"step should be in [{least}, 2**63), got {x}; it is 1 on the first call")
+    return int(x)
+
+
+HYPERPARAMETERS = {
+    "lr": nonnegative,
+    "betas": betas,
+    "eps": nonnegative,
+    "weight_decay": nonnegative,
+    "momentum": nonnegative,
+    "dampening": real,
+    "lr_decay": nonnegative,
+    "initial_accumulator_value": nonnegative,
+    "alpha": decay_rate,
+    "nesterov": flag,
+    "centered": flag,
+    "amsgrad": flag,
+    "maximize": flag,
+}
+
+
+def coefficients(values: Iterable[tuple[str, float]], dtype: np.dtype[Any]) -> None:
+    """Raises ValueError for a coefficient that is not finite in the compute type."""
+    limit = _FLOAT32_LIMIT if dtype == np.float32 else math.inf
+    for name, value in values:
+        if not abs(value) <= limit or value in (math.inf, -math.inf):
+            raise ValueError(f"coefficient {name} is {value}, which {dtype} cannot hold; use smaller hyperparameters")
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+
+def array(name: str, a: Any) -> Array:
+    """A float32 or float64 array in native byte order. Raises TypeError or ValueError."""
+    if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
+        raise TypeError(f"{name} should be a NumPy array, got {kind(a)}")
+    if a.dtype not in DTYPES:
+        if a.dtype.newbyteorder() in DTYPES:
+            raise ValueError(f"{name} has the byte order of another machine; pass {name}.astype({a.dtype.name!r})")
+        raise ValueError(f"{name} has dtype {a.dtype}; expected float32 or float64")
+    return a
+
+
+def _contiguous(name: str, a: Array) -> None:
+    if not order(a):
+        why = "is broadcast (a stride is 0)" if 0 in a.strides else f"is not contiguous (strides {a.strides})"
+        raise ValueError(f"{name} {why}; pass np.ascontiguousarray({name})")
+
+
+def _writable(name: str, a: Array) -> None:
+    if not a.flags.writeable:
+        raise ValueError(f"{name} is read-only; pass a writable array or a copy")
+
+
+def parameters(named: list[tuple[str, Any]]) -> None:
+    """Every parameter of an optimizer: type, dtype, stride, writable, and no two share memory."""
+    if not named:
+        raise ValueError("params is empty; pass at least one array")
+    for name, p in named:
+        array(name, p)
+        if not order(p):
+            # unlike a gradient, a parameter cannot be replaced by a copy: it is updated in place
+            raise ValueError(f"{name} is not contiguous (strides {p.strides}); make it so before it is used")
+        _writable(name, p)
+    extents = sorted((address(p), address(p) + p.nbytes, name) for name, p in named if p.size)
+    for (_, end, first), (start, _, second) in zip(extents, extents[1:], strict=False):
+        if start < end:
+            raise ValueError(f"{first} and {second} share memory; pass each parameter once")
+
+
+def gradient(name: str, g: Any, p: Array) -> Array:
+    """A gradient as a 1-D array in the memory order of its parameter p (a copy only when the orders differ)."""
+    if type(g) is np.ndarray and g.shape == p.shape and g.dtype is p.dtype:  # the plain case, quickly
+        if g.flags.c_contiguous and p.flags.c_contiguous:
+            return g.reshape(-1)
+    if isinstance(g, np.generic) and p.ndim == 0:  # what NumPy's reductions return
+        g = np.asarray(g)
+    if g is None:
+        raise TypeError(f"{name} is None; pass an array of zeros for a parameter without a gradient")
+    array(name, g)
+    if g.shape != p.shape:
+        raise ValueError(f"{name} has shape {g.shape} but the parameter has {p.shape}")
+    if g.dtype != p.dtype:
+        raise ValueError(f"{name} has dtype {g.dtype} but the parameter has {p.dtype}")
+    _contiguous(name, g)
+    if p.flags.c_contiguous:
+        return ravel(g if g.flags.c_contiguous else np.ascontiguousarray(g))
+    return ravel(g if g.flags.f_contiguous else np.asfortranarray(g))
+
+
+class Extents:
+    """The memory that a step writes, to ask whether a gradient lies in it."""
+
+    def __init__(self, arrays: Iterable[Array]) -> None:
+        extents = sorted((address(a), address(a) + a.nbytes) for a in arrays if a.size)
+        self._starts = np.array([e[0] for e in extents], np.int64)
+        self._ends = np.array([e[1] for e in extents], np.int64)
+
+    def first_overlap(self, starts: Array, nbytes: Array) -> int:
+        """The index of the first [start, start + nbytes) that overlaps, or -1."""
+        if not len(self._starts):
+            return -1
+        k = np.minimum(self._ends.searchsorted(starts, "right"), len(self._ends) - 1)
+        hit = (self._starts[k] < starts + nbytes) & (starts < self._ends[k]) & (nbytes > 0)
+        return int(hit.argmax()) if hit.any() else -1
+
+
+def overlap(name: str) -> ValueError:
+    return ValueError(f"{name} overlaps a parameter or a state that the step writes; pass a copy")
+
+
+def step_arrays(arrays: dict[str, Any]) -> list[Array]:
+    """p, g, m, v (and max_v) of `adam_step`, as 1-D views. Raises TypeError or ValueError."""
+    p = array("p", arrays["p"])
+    for name, a in arrays.items():
+        array(name, a)
+        if a.shape != p.shape:
+            raise ValueError(f"{name} has shape {a.shape} but p has {p.shape}")
+        if a.dtype != p.dtype:
+            raise ValueError(f"{name} has dtype {a.dtype} but p has {p.dtype}")
+        _contiguous(name, a)
+        if not (a.flags.c_contiguous and p.flags.c_contiguous or a.flags.f_contiguous and p.flags.f_contiguous):
+            raise ValueError(f"{name} is in {order(a)} order but p is in {order(p)} order; make them alike")
+        if name != "g":
+            _writable(name, a)
+    if p.size:
+        extents = sorted((address(a), name) for name, a in arrays.items())
+        for (start, first), (after, second) in zip(extents, extents[1:], strict=False):
+            if after - start < p.nbytes:
+                raise ValueError(f"{first} and {second} share memory; pass arrays that do not overlap")
+    return [ravel(a) for a in arrays.values()]
+
+
+def flatten(named: list[tuple[str, Any]], dtype: Any) -> np.dtype[Any]:
+    """The dtype of a flat buffer of these arrays. Raises TypeError or ValueError."""
+    if not named:
+        raise ValueError("tree is empty; pass at least one array")
+    if dtype is not None:
+        chosen: np.dtype[Any] = np.dtype(dtype)
+        if chosen not in DTYPES:
+            raise ValueError(f"dtype should be float32 or float64, got {chosen}")
+        for name, a in named:
+            if not isinstance(a, np.ndarray | np.generic) or isinstance(a, np.ma.MaskedArray):
+                raise TypeError(f"{name} should be a NumPy array, got {kind(a)}")
+            if a.dtype.kind not in "fiub":
+                raise ValueError(f"{name} has dtype {a.dtype}, which does not convert to {chosen}")
+        return chosen
+    first_name, first = named[0]
+    for name, a in named:
+        array(name, a)
+        if a.dtype != first.dtype:
+            raise ValueError(f"{name} has dtype {a.dtype} but {first_name} has {first.dtype}; pass dtype= to convert")
+    first_dtype: np.dtype[Any] = first.dtype
+    return first_dtype
+
+
+# --- state dicts ------------------------------------------------------------------------------------------------------
+
+
+def same_keys(name: str, given: Any, expected: Iterable[str]) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name} should be a dict, got {kind(given)}")
+    expected = list(expected)
+    if set(given) != set(expected):
+        raise ValueError(f"{name} should have the keys {expected}, got {list(given)}")
+
+
+def state(name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    array(name, a)
+    if a.shape != shape or a.dtype != dtype:
+        raise ValueError(f"{name} has shape {a.shape} and dtype {a.dtype}; expected {shape} and {dtype}")

@@ -1,0 +1,46 @@
+"""(hyperparameters, t) -> float64 coefficients of a rule, each rounded once to the compute type by the backend.
+
+Only ``+ - * /`` and ``sqrt`` in a fixed order, so that the compiled CPU path (and later a device) computes the same bits.
+Each function returns the coefficients in the order of the rule's arguments.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+
+
+def bias_correction(c: float, t: int) -> float:
+    """``1 - (1 - c)**t`` without cancellation, for c in (0, 1] and t >= 0.
+
+    Doubling from the most significant bit of t: q(2n) = q(n) (2 - q(n)), q(n + 1) = q(n) + c (1 - q(n)).
+    """
+    q = 0.0
+    bit = 62
+    while bit > 0 and (t >> bit) == 0:
+        bit -= 1
+    while bit >= 0:
+        q = q * (2.0 - q)
+        if (t >> bit) & 1:
+            q = q + c * (1.0 - q)
+        bit -= 1
+    return q
+
+
+def adamw(
+    t: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> tuple[float, float, float, float, float]:
+    """c1, c2, step, eps, decay: PyTorch's mathematics, with the root of the bias correction moved into eps."""
+    c1 = 1.0 - beta1
+    c2 = 1.0 - beta2
+    root = sqrt(bias_correction(c2, t))
+    return c1, c2, lr * root / bias_correction(c1, t), eps * root, lr * weight_decay
+
+
+def momentum(t: int, lr: float, mu: float, dampening: float) -> tuple[float, float, float]:
+    """mu, rate, lr: the first gradient enters the momentum whole, as in PyTorch."""
+    return mu, 1.0 if t == 1 else 1.0 - dampening, lr
+
+
+def adagrad(t: int, lr: float, lr_decay: float, eps: float) -> tuple[float, float]:
+    """lr, eps."""
+    return lr / (1.0 + (t - 1) * lr_decay), eps

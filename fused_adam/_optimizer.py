@@ -1,0 +1,425 @@
+"""The optimizer classes, rules of one's own, and `adam_step` for arrays that are kept elsewhere."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fused_adam import _checks, _coefficients, backends
+from fused_adam._base import Optimizer, Update
+from fused_adam._codegen import bind, parse_user_rule
+
+
+def _update(rule: str, group: Mapping[str, Any], coefficients: Mapping[str, float], l2: float = 0.0) -> Update:
+    """A built-in rule behind the preludes that a group asks for; a decay of 0 leaves its term out (0 * inf is NaN)."""
+    preludes = (("maximize",) if group["maximize"] else ()) + (("l2",) if l2 else ())
+    return Update(bind(rule, preludes), {**coefficients, "ascent": -1.0, "wd": l2})
+
+
+class SGD(Optimizer):
+    """Gradient descent, with momentum, dampening and Nesterov's look-ahead, as ``torch.optim.SGD``.
+
+    With g the gradient plus ``weight_decay * p``::
+
+        m = momentum * m + (1 - dampening) * g        the first gradient enters whole
+        p = p - lr * m                                lr * (g + momentum * m) with nesterov; lr * g without momentum
+
+    Args:
+        params: an array, a FlatBuffer, dicts, lists and tuples of arrays nested as they like, or a list of group dicts
+            ``{"params": ..., "lr": ...}``. Arrays are float32 or float64, C- or Fortran-contiguous and writable; they are
+            updated in place.
+        lr: learning rate, >= 0.
+        momentum: >= 0. dampening: any number. nesterov: needs momentum > 0 and dampening = 0.
+        weight_decay: L2 penalty, >= 0.
+        maximize: ascend.
+        backend: "auto", or one of the names in `backends()`.
+
+    Raises:
+        TypeError, ValueError: an array or a number is wrong; the message names it.
+        RuntimeError: the named backend cannot run here.
+
+    References: Polyak 1964; Nesterov 1983; Sutskever et al., ICML 2013.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        hyperparameters = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, hyperparameters, backend)
+
+    def _check(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        checked = super()._check(group)
+        if checked["nesterov"] and (checked["momentum"] == 0 or checked["dampening"] != 0):
+            raise ValueError("nesterov needs momentum > 0 and dampening = 0")
+        return checked
+
+    def _update(self, group: Mapping[str, Any], t: int) -> Update:
+        mu, rate, lr = _coefficients.momentum(t, group["lr"], group["momentum"], group["dampening"])
+        rule = "nesterov" if group["nesterov"] else "momentum" if mu else "sgd"
+        return _update(rule, group, {"mu": mu, "rate": rate, "lr": lr}, group["weight_decay"])
+
+
+class Adagrad(Optimizer):
+    """Adagrad, as ``torch.optim.Adagrad``.
+
+    With g the gradient plus ``weight_decay * p``::
+
+        v = v + g**2                                  from initial_accumulator_value
+        p = p - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(v) + eps)
+
+    Args: as `SGD`, and lr_decay, initial_accumulator_value and eps, all >= 0.
+
+    Reference: Duchi, Hazan & Singer, JMLR 2011.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        maximize: bool = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        hyperparameters = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+            "maximize": maximize,
+        }
+        super().__init__(params, hyperparameters, backend)
+
+    def _initial(self, group: Mapping[str, Any], state: str) -> float:
+        return float(group["initial_accumulator_value"])
+
+    def _update(self, group: Mapping[str, Any], t: int) -> Update:
+        lr, eps = _coefficients.adagrad(t, group["lr"], group["lr_decay"], group["eps"])
+        return _update("adagrad", group, {"lr": lr, "eps": eps}, group["weight_decay"])
+
+
+class RMSprop(Optimizer):
+    """RMSProp, as ``torch.optim.RMSprop``.
+
+    With g the gradient plus ``weight_decay * p``::
+
+        v = alpha * v + (1 - alpha) * g**2
+        a = alpha * a + (1 - alpha) * g               only if centered; v - a**2 then stands for v below
+        m = momentum * m + g / (sqrt(v) + eps)        only with momentum
+        p = p - lr * m                                lr * g / (sqrt(v) + eps) without momentum
+
+    Args: as `SGD`, and alpha in [0, 1), eps >= 0, momentum >= 0, centered.
+
+    References: Tieleman & Hinton 2012, lecture 6.5; Graves 2013, eq. 38 to 45 (centered).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        maximize: bool = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        hyperparameters = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+            "maximize": maximize,
+        }
+        super().__init__(params, hyperparameters, backend)
+
+    def _update(self, group: Mapping[str, Any], t: int) -> Update:
+        mu = group["momentum"]
+        rule = "rmsprop" + ("_centered" if group["centered"] else "") + ("_momentum" if mu else "")
+        coefficients = {"c": 1.0 - group["alpha"], "mu": mu, "lr": group["lr"], "eps": group["eps"], "zero": 0.0}
+        return _update(rule, group, coefficients, group["weight_decay"])
+
+
+class Adam(Optimizer):
+    """Adam, as ``torch.optim.Adam``.
+
+    With g the gradient plus ``weight_decay * p`` and t from 1::
+
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2            the largest v so far stands below with amsgrad
+        p = p - lr * (m / (1 - beta1**t)) / (sqrt(v / (1 - beta2**t)) + eps)
+
+    computed with the bias corrections folded into lr and eps; see `_rules.adam` for the exact order.
+
+    Args: as `SGD`, and betas, both in [0, 1), eps >= 0, amsgrad.
+
+    References: Kingma & Ba, ICLR 2015, algorithm 1; Reddi, Kale & Kumar, ICLR 2018 (amsgrad).
+    """
+
+    _decoupled = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        hyperparameters = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+        }
+        super().__init__(params, hyperparameters, backend)
+
+    def _update(self, group: Mapping[str, Any], t: int) -> Update:
+        return _adam(group, self._decoupled, t)
+
+
+def _adam(group: Mapping[str, Any], decoupled: bool, t: int) -> Update:
+    weight_decay = group["weight_decay"]
+    c1, c2, step, eps, decay = _coefficients.adamw(t, group["lr"], *group["betas"], group["eps"], weight_decay)
+    rule = ("amsgrad" if group["amsgrad"] else "adam") + ("w" if decoupled and weight_decay else "")
+    coefficients = {"c1": c1, "c2": c2, "step": step, "eps": eps, "decay": decay}
+    return _update(rule, group, coefficients, 0.0 if decoupled else weight_decay)
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay, as ``torch.optim.AdamW``.
+
+    As `Adam`, but the decay does not enter the gradient: ``p`` also loses ``lr * weight_decay * p``.
+
+    Reference: Loshchilov & Hutter, ICLR 2019, algorithm 2.
+    """
+
+    _decoupled = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize, backend=backend)
+
+
+class Lion(Optimizer):
+    """Lion: the sign of an interpolated momentum, with decoupled weight decay.
+
+    ::
+
+        p = p - lr * (sign(beta1 * m + (1 - beta1) * g) + weight_decay * p)
+        m = beta2 * m + (1 - beta2) * g
+
+    Args: as `SGD`, and betas, both in [0, 1).
+
+    Reference: Chen et al., NeurIPS 2023, algorithm 2.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        hyperparameters = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, hyperparameters, backend)
+
+    def _update(self, group: Mapping[str, Any], t: int) -> Update:
+        (beta1, beta2), lr, weight_decay = group["betas"], group["lr"], group["weight_decay"]
+        coefficients = {"c1": 1.0 - beta1, "c2": 1.0 - beta2, "lr": lr, "decay": lr * weight_decay}
+        return _update("lionw" if weight_decay else "lion", group, coefficients)
+
+
+def rule(
+    update: Callable[..., Any], coefficients: Callable[..., Mapping[str, float]] | None = None
+) -> type[Optimizer]:
+    """An optimizer class of a rule of one's own, fused on every backend.
+
+    Args:
+        update: the rule, read from its source: ``p`` and ``g`` first, then states (which are returned after p) and
+            coefficients. Assignments over names with ``+ - * /``, sqrt, maximum, minimum, absolute and sign; no literals
+            and no branches. It is never called. States start at 0.
+        coefficients: ``(t, **hyperparameters) -> {coefficient: number}``, called before each step with t = 1, 2, ...; its
+            arguments after t, with their defaults, are the class's hyperparameters. Without it, each coefficient is a
+            hyperparameter of its own that must be given.
+
+    Returns:
+        A class that is used like `Adam`: ``Class(params, *, backend="auto", **hyperparameters)``. It pickles if it is
+        reachable under the rule's name, as with ``@fused_adam.rule``.
+
+    Raises:
+        ValueError: the rule is outside this grammar; the message shows the line.
+
+    >>> import numpy as np, fused_adam
+    >>> @fused_adam.rule
+    ... def signed(p, g, lr):
+    ...     p = p - lr * sign(g)
+    ...     return p
+    """
+    parsed = parse_user_rule(update)
+    if coefficients is None:
+        defaults: dict[str, Any] = dict.fromkeys(parsed.coefficients, inspect.Parameter.empty)
+    else:
+        arguments = list(inspect.signature(coefficients).parameters.values())
+        if not arguments:
+            raise ValueError(f"coefficients of rule {parsed.name!r} should take t first, then the hyperparameters")
+        defaults = {a.name: a.default for a in arguments[1:]}
+
+    class Made(Optimizer):
+        def __init__(self, params: Any, *, backend: str = "auto", **hyperparameters: Any) -> None:
+            for name in hyperparameters:
+                if name not in defaults:
+                    raise TypeError(f"{parsed.name} has no hyperparameter {name!r}; it has {list(defaults)}")
+            values = {**defaults, **hyperparameters}
+            for name, value in values.items():
+                if value is inspect.Parameter.empty:
+                    raise TypeError(f"{parsed.name} needs {name}=")
+            super().__init__(params, values, backend)
+
+        def _check_one(self, name: str, value: Any) -> Any:
+            return _checks.real(name, value)
+
+        def _update(self, group: Mapping[str, Any], t: int) -> Update:
+            hyperparameters = {k: group[k] for k in defaults}
+            values = coefficients(t, **hyperparameters) if coefficients else hyperparameters
+            for name in parsed.coefficients:
+                if name not in values:
+                    raise ValueError(f"coefficients of rule {parsed.name!r} did not return {name!r}")
+            return Update(parsed, {n: _checks.real(n, values[n]) for n in parsed.coefficients})
+
+    Made.__name__ = update.__name__
+    Made.__qualname__ = update.__qualname__
+    Made.__module__ = update.__module__
+    Made.__doc__ = update.__doc__
+    return Made
+
+
+def adam_step(
+    p: Any,
+    g: Any,
+    m: Any,
+    v: Any,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    max_v: Any = None,
+    maximize: bool = False,
+    backend: str = "auto",
+) -> None:
+    """One Adam step on arrays that are kept elsewhere, in place on p, m, v (and max_v, which turns AMSGrad on).
+
+    Args:
+        p, g, m, v, max_v: parameter, gradient, first and second moment, largest v so far: NumPy arrays of one shape and
+            dtype (float32 or float64) and one memory order, C or Fortran; no two may overlap. g is only read.
+        step: t of this step: 1 on the first call.
+        lr, betas, eps, weight_decay, maximize, backend: as in `Adam`; decoupled_weight_decay: as in `AdamW`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, and nothing is changed.
+        RuntimeError: the named backend cannot run here.
+
+    Reference: Kingma & Ba, ICLR 2015, algorithm 1; Loshchilov & Hutter, ICLR 2019, algorithm 2.
+    """
+    compiled = sys.modules.get("fused_adam.backends.numba_cpu")
+    if (
+        compiled is not None
+        and (backend == "numba" or (backend == "auto" and not backends.OVERRIDE))
+        and max_v is None
+        and compiled.adam_step(
+            p, g, m, v, step, lr, betas, eps, weight_decay, decoupled_weight_decay, maximize
+        )
+    ):
+        return
+    _adam_step(p, g, m, v, step, lr, betas, eps, weight_decay, decoupled_weight_decay, max_v, maximize, backend)
+
+
+def _adam_step(
+    p: Any,
+    g: Any,
+    m: Any,
+    v: Any,
+    step: Any,
+    lr: Any,
+    betas: Any,
+    eps: Any,
+    weight_decay: Any,
+    decoupled: Any,
+    max_v: Any,
+    maximize: Any,
+    backend: Any,
+) -> None:
+    """`adam_step` where the compiled call did not apply or refused: check everything in Python, explain or run."""
+    arrays = {"p": p, "g": g, "m": m, "v": v} | ({} if max_v is None else {"max_v": max_v})
+    backends.check_name(backend)
+    t = _checks.step_number(step)
+    group = {
+        "lr": _checks.nonnegative("lr", lr),
+        "betas": _checks.betas("betas", betas),
+        "eps": _checks.nonnegative("eps", eps),
+        "weight_decay": _checks.nonnegative("weight_decay", weight_decay),
+        "amsgrad": max_v is not None,
+        "maximize": _checks.flag("maximize", maximize),
+    }
+    update = _adam(group, _checks.flag("decoupled_weight_decay", decoupled), t)
+    views = _checks.step_arrays(arrays)
+    dtype = views[0].dtype
+    values = [update.coefficients[n] for n in update.rule.coefficients]
+    _checks.coefficients(zip(update.rule.coefficients, values, strict=True), dtype)
+    p, g, *states = views
+    backends.load(backends.choose(backend, p.size)).run(update.rule, values, p, g, states)
+
+
+def adamw_step(p: Any, g: Any, m: Any, v: Any, *, step: int, weight_decay: float = 1e-2, **arguments: Any) -> None:
+    """`adam_step` with decoupled weight decay, 0.01 by default."""
+    adam_step(p, g, m, v, step=step, weight_decay=weight_decay, **{**arguments, "decoupled_weight_decay": True})

@@ -1,0 +1,121 @@
+"""Which backend runs a step: chosen here, by name or by what is installed and worth its start-up time."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from types import FrameType, ModuleType, TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fused_adam._arrays import Array
+from fused_adam._layout import FlatBuffer
+
+NAMES = ("cupy", "numba-cuda", "numba", "numpy")
+_MODULES = {"numba": "fused_adam.backends.numba_cpu", "numpy": "fused_adam.backends.numpy_cpu"}
+# From this many elements on, importing Numba pays for itself within a training run.
+_WORTH_NUMBA = 2**15
+# What "auto" means instead of choosing; read once, so that a step need not ask the environment.
+OVERRIDE = os.environ.get("FUSED_ADAM_BACKEND", "")
+
+
+def reason(name: str) -> str:
+    """Why a backend cannot run here, and what to do; "" when it can."""
+    if name in ("cupy", "numba-cuda"):
+        return "this version has no CUDA backend yet; use backend='numba' or 'numpy' on host arrays"
+    if name == "numba":
+        if importlib.util.find_spec("numba") is None:
+            return "Numba is not installed; pip install 'fused-adam[cpu]'"
+        try:
+            importlib.import_module(_MODULES[name])
+        except ImportError as error:  # a Numba that does not support the installed NumPy or Python
+            return f"Numba cannot be imported: {error}; install versions that fit each other"
+    return ""
+
+
+def backends() -> list[tuple[str, bool, str]]:
+    """(name, available, reason) for each backend, fastest first; reason is "" for an available one."""
+    return [(name, not why, why) for name in NAMES for why in [reason(name)]]
+
+
+def check_name(name: object, source: str = "backend") -> str:
+    """Raises TypeError or ValueError unless it names a backend or is "auto"."""
+    if not isinstance(name, str):
+        raise TypeError(f"{source} should be a string, got {name!r}")
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"{source} should be 'auto' or one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+def choose(name: str, size: int) -> str:
+    """The backend for a step over `size` elements of host memory.
+
+    "auto" takes FUSED_ADAM_BACKEND if set; else Numba where it is installed and worth it or already loaded; else NumPy.
+    The bits do not depend on the choice. Raises RuntimeError, with the fix, for a named backend that cannot run.
+    """
+    chosen = check_name(name)
+    source = "backend"
+    if chosen == "auto":
+        chosen = check_name(OVERRIDE or "auto", source := "FUSED_ADAM_BACKEND")
+    if chosen == "auto":
+        worth_it = size >= _WORTH_NUMBA or _MODULES["numba"] in sys.modules
+        return "numba" if worth_it and not reason("numba") else "numpy"
+    why = reason(chosen)
+    if why:
+        raise RuntimeError(f"{source} {chosen!r} is not available: {why}")
+    return chosen
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend: one loop shell each, with a `Stepper` class."""
+    return importlib.import_module(_MODULES[name])
+
+
+class Part(NamedTuple):
+    """Parameters and states of one dtype that take the same rule and coefficients.
+
+    shapes: of each parameter; None where it is in Fortran order. rows: (p, *states) for each, all 1-D. runs: the same
+    memory in as few pieces as a flat buffer's padding leaves; empty unless the parameters are one.
+    """
+
+    dtype: np.dtype[Any]
+    shapes: list[tuple[int, ...] | None]
+    rows: list[tuple[Array, ...]]
+    runs: list[tuple[Array, ...]]
+
+
+class Loose(NamedTuple):
+    """Gradients as the caller gave them, to be checked by the backend, each with its name and its parameter."""
+
+    names: list[str]
+    arrays: list[Any]
+    parameters: list[Array]
+
+
+Gradients = FlatBuffer | Loose
+
+
+class DeferredInterrupt:
+    """Ctrl-C while the block runs is delivered after it. Only the main thread is ever interrupted."""
+
+    def __enter__(self) -> None:
+        self._pending: FrameType | None = None
+        self._hit = False
+        self._previous: Any = None
+        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
+            self._previous = signal.signal(signal.SIGINT, self._defer)
+
+    def _defer(self, number: int, frame: FrameType | None) -> None:
+        self._hit, self._pending = True, frame
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            if self._hit:
+                self._previous(signal.SIGINT, self._pending)

@@ -1,0 +1,110 @@
+"""NumPy: each rule as straight-line ufunc calls over chunks that stay in cache; no temporaries are made."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fused_adam import _checks
+from fused_adam._arrays import Array, address
+from fused_adam._codegen import Rule, numpy_kernel
+from fused_adam._layout import FlatBuffer
+from fused_adam.backends import DeferredInterrupt, Gradients, Loose, Part
+
+# Elements a chunk: five float32 streams and the scratch rows of one chunk fit in a 1 MiB L2 cache.
+CHUNK = 2**15
+
+_local = threading.local()
+_kernels: dict[Rule, tuple[Callable[..., None], int]] = {}
+
+
+def kernel(rule: Rule) -> tuple[Callable[..., None], int]:
+    """The rule's compiled function and the number of scratch rows it takes."""
+    if rule not in _kernels:
+        text = numpy_kernel(rule)
+        names = ("add", "subtract", "multiply", "divide", "sqrt", "absolute", "sign", "maximum", "minimum")
+        scope = {n: getattr(np, n) for n in (*names, "equal", "not_equal", "copyto")}
+        exec(compile(text.source, f"<fused_adam numpy {rule.name}>", "exec"), scope)
+        _kernels[rule] = scope["kernel"], text.rows
+    return _kernels[rule]
+
+
+def _scratch(rows: int, dtype: np.dtype[Any]) -> list[Array]:
+    """This thread's scratch rows and boolean mask; all allocation happens here, before anything is written."""
+    pool: list[Array] = _local.__dict__.setdefault(dtype.char, [])
+    while len(pool) < rows:
+        pool.append(np.empty(CHUNK, dtype))
+    if not hasattr(_local, "mask"):
+        _local.mask = np.empty(CHUNK, np.bool_)
+    return [*pool[:rows], _local.mask]
+
+
+_Call = tuple[Callable[..., None], list[Array]]
+
+
+def _calls(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states: Sequence[Array]) -> list[_Call]:
+    """A kernel call for each chunk. Every view is made here, before the first write."""
+    f, rows = kernel(rule)
+    scratch = _scratch(rows, p.dtype)
+    scalars = [np.array(x, p.dtype) for x in coefficients]
+    calls = []
+    for lo in range(0, p.size, CHUNK):
+        hi = min(lo + CHUNK, p.size)
+        calls.append((f, [*(a[lo:hi] for a in (p, g, *states)), *scalars, *(r[: hi - lo] for r in scratch)]))
+    return calls
+
+
+def _execute(calls: Sequence[_Call], t: Array, t_new: int) -> None:
+    with np.errstate(all="ignore"), DeferredInterrupt():
+        for f, arguments in calls:
+            f(*arguments)
+        t[0] = t_new
+
+
+def run(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states: Sequence[Array]) -> None:
+    """One step on checked 1-D arrays."""
+    _execute(_calls(rule, coefficients, p, g, states), np.empty(1, np.int64), 0)
+
+
+class Stepper:
+    """Steps over fixed parameters and states.
+
+    Args:
+        parts: their rows.
+        t: int64 array of one element, the number of steps done; committed with the step.
+        writes: the memory of parts, which no gradient may overlap.
+    """
+
+    def __init__(self, parts: Sequence[Part], t: Array, writes: _checks.Extents) -> None:
+        self._parts = parts
+        self._t = t
+        self._writes = writes
+
+    def prepare(self, rules: Sequence[Rule]) -> None:
+        for part, rule in zip(self._parts, rules, strict=True):
+            _scratch(kernel(rule)[1], part.dtype)
+
+    def step(
+        self, t: int, rules: Sequence[Rule], coefficients: Sequence[Sequence[float]], gradients: Sequence[Gradients]
+    ) -> None:
+        """Step number t, with a rule, its coefficients and its gradients for each part."""
+        calls: list[_Call] = []
+        for part, rule, values, given in zip(self._parts, rules, coefficients, gradients, strict=True):
+            if isinstance(given, FlatBuffer):
+                rows, gs = part.runs, given.runs
+            else:
+                rows, gs = part.rows, self._checked(given)
+            for (p, *states), g in zip(rows, gs, strict=True):
+                calls += _calls(rule, values, p, g, states)
+        _execute(calls, self._t, t)
+
+    def _checked(self, given: Loose) -> list[Array]:
+        gs = [_checks.gradient(*x) for x in zip(given.names, given.arrays, given.parameters, strict=True)]
+        starts = np.array([address(g) for g in gs], np.int64)
+        hit = self._writes.first_overlap(starts, np.array([g.nbytes for g in gs], np.int64))
+        if hit >= 0:
+            raise _checks.overlap(given.names[hit])
+        return gs

@@ -1,0 +1,81 @@
+// The number types that the rules are written for.
+//
+// CuPy appends options such as -ftz=true after the caller's, and NVRTC contracts a * b + c to an FMA unless it is told
+// otherwise. No option may change a bit of a step, so f32 and f64 are one-member structs whose operators are the PTX
+// instructions themselves: rounded to nearest, never contracted, subnormals kept. The host build, which the tests hold
+// against NumPy, uses plain operators under -ffp-contract=off.
+#pragma once
+
+#if !defined(__CUDACC__)
+#include <cmath>
+#define __device__
+#define __forceinline__ inline
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define FUSED_ADAM_BINARY(operator_, plain, ptx, N, number, r)                                                         \
+    __device__ __forceinline__ N operator_(N a, N b) {                                                                 \
+        number c;                                                                                                      \
+        asm(ptx " %0, %1, %2;" : "=" r(c) : r(a.x), r(b.x));                                                           \
+        return {c};                                                                                                    \
+    }
+#define FUSED_ADAM_UNARY(name, plain, ptx, N, number, r)                                                               \
+    __device__ __forceinline__ N name(N a) {                                                                           \
+        number c;                                                                                                      \
+        asm(ptx " %0, %1;" : "=" r(c) : r(a.x));                                                                       \
+        return {c};                                                                                                    \
+    }
+// Comparisons too flush subnormals under -ftz=true.
+#define FUSED_ADAM_COMPARE(operator_, plain, ptx, N, r)                                                                \
+    __device__ __forceinline__ bool operator_(N a, N b) {                                                              \
+        int c;                                                                                                         \
+        asm("{ .reg .pred q; " ptx " q, %1, %2; selp.s32 %0, 1, 0, q; }" : "=r"(c) : r(a.x), r(b.x));                  \
+        return c != 0;                                                                                                 \
+    }
+#else
+#define FUSED_ADAM_BINARY(operator_, plain, ptx, N, number, r)                                                         \
+    __device__ __forceinline__ N operator_(N a, N b) { return {a.x plain b.x}; }
+#define FUSED_ADAM_UNARY(name, plain, ptx, N, number, r)                                                               \
+    __device__ __forceinline__ N name(N a) { return {plain(a.x)}; }
+#define FUSED_ADAM_COMPARE(operator_, plain, ptx, N, r)                                                                \
+    __device__ __forceinline__ bool operator_(N a, N b) { return a.x plain b.x; }
+#endif
+
+#define FUSED_ADAM_NUMBER(N, number, type, r)                                                                          \
+    struct N {                                                                                                         \
+        number x;                                                                                                      \
+    };                                                                                                                 \
+    FUSED_ADAM_BINARY(operator+, +, "add.rn." type, N, number, r)                                                      \
+    FUSED_ADAM_BINARY(operator-, -, "sub.rn." type, N, number, r)                                                      \
+    FUSED_ADAM_BINARY(operator*, *, "mul.rn." type, N, number, r)                                                      \
+    FUSED_ADAM_BINARY(operator/, /, "div.rn." type, N, number, r)                                                      \
+    FUSED_ADAM_UNARY(sqrt, std::sqrt, "sqrt.rn." type, N, number, r)                                                   \
+    FUSED_ADAM_UNARY(absolute, std::fabs, "abs." type, N, number, r)                                                   \
+    FUSED_ADAM_COMPARE(operator>, >, "setp.gt." type, N, r)                                                            \
+    FUSED_ADAM_COMPARE(operator!=, !=, "setp.neu." type, N, r)
+
+FUSED_ADAM_NUMBER(f32, float, "f32", "f")
+FUSED_ADAM_NUMBER(f64, double, "f64", "d")
+
+#undef FUSED_ADAM_NUMBER
+#undef FUSED_ADAM_BINARY
+#undef FUSED_ADAM_UNARY
+#undef FUSED_ADAM_COMPARE
+
+// NaN from either side survives; of two equal numbers, such as -0 and +0, the second.
+template <class T>
+__device__ __forceinline__ T maximum(T a, T b) {
+    return a > b || a != a ? a : b;
+}
+
+template <class T>
+__device__ __forceinline__ T minimum(T a, T b) {
+    return b > a || a != a ? a : b;
+}
+
+// 0 for NaN, and +0 for either zero.
+template <class T>
+__device__ __forceinline__ T sign(T a) {
+    const T zero = {0};
+    return a > zero ? T{1} : zero > a ? T{-1} : zero;
+}
