@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -54,11 +55,11 @@ class _Part:
         return [v.reshape(p.shape, order="C" if order(p) == "C" else "F") for v, p in views]
 
 
-class Optimizer:
+class Optimizer(ABC):
     """Steps all parameters of all groups in one call, in place. Subclasses say which rule and coefficients.
 
     Attributes:
-        param_groups: a list of dicts, as in PyTorch: "params" and the hyperparameters, which may be changed between steps.
+        param_groups: a list of dicts, as in PyTorch: "params" and the hyperparameters, to be changed between steps.
         backend: the name of the backend that runs the step.
         t: the number of steps done.
     """
@@ -72,9 +73,8 @@ class Optimizer:
             for k, group in enumerate(groups):
                 for key in group:
                     if key != "params" and key not in hyperparameters:
-                        raise ValueError(
-                            f"params[{k}] has the unknown key {key!r}; {type(self).__name__} has {list(hyperparameters)}"
-                        )
+                        known = f"{type(self).__name__} has {list(hyperparameters)}"
+                        raise ValueError(f"params[{k}] has the unknown key {key!r}; {known}")
             groups = [{"params": g.pop("params"), **hyperparameters, **g} for g in groups]
         else:
             groups = [{"params": params, **hyperparameters}]
@@ -82,9 +82,9 @@ class Optimizer:
         self._names = tuple(hyperparameters)
         self._set_up(groups, backend)
 
+    @abstractmethod
     def _update(self, group: Mapping[str, Any], t: int) -> Update:
         """The rule and its coefficients for step t >= 1, from checked hyperparameters."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which rule it runs")
 
     def _initial(self, group: Mapping[str, Any], state: str) -> float:
         """The value a state starts from."""
@@ -176,16 +176,16 @@ class Optimizer:
         Raises:
             ValueError, TypeError: as `step`; an array is not a parameter of this optimizer, or comes twice or never.
         """
-        positions = {
-            id(p): (k, j) for k, part in enumerate(self._parts) for j, p in enumerate(part.parameters)
-        }
+        positions = {id(p): (k, j) for k, part in enumerate(self._parts) for j, p in enumerate(part.parameters)}
         gradients: list[list[Any]] = [[_MISSING] * len(part.parameters) for part in self._parts]
         for n, pair in enumerate(grads_and_vars):
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise TypeError(f"grads_and_vars[{n}] should be a (gradient, parameter) pair, got {_checks.kind(pair)}")
             g, p = pair
             if id(p) not in positions:
-                raise ValueError(f"grads_and_vars[{n}]: not a parameter of this optimizer; pass the arrays it was given")
+                raise ValueError(
+                    f"grads_and_vars[{n}]: not a parameter of this optimizer; pass the arrays it was given"
+                )
             k, j = positions[id(p)]
             if gradients[k][j] is not _MISSING:
                 raise ValueError(f"grads_and_vars[{n}]: this parameter came before; pass each once, gradients summed")
@@ -193,7 +193,9 @@ class Optimizer:
         for part, gs in zip(self._parts, gradients, strict=True):
             for name, g in zip(part.names, gs, strict=True):
                 if g is _MISSING:
-                    raise ValueError(f"the gradient of {name.replace('grads', 'params', 1)} is missing; pass zeros for none")
+                    raise ValueError(
+                        f"the gradient of {name.replace('grads', 'params', 1)} is missing; pass zeros for none"
+                    )
         loose = zip(self._parts, gradients, strict=True)
         self._run([backends.Loose(part.names, gs, part.parameters) for part, gs in loose])
 
@@ -231,12 +233,12 @@ class Optimizer:
 
     def _part_gradients(self, part: _Part, groups: Sequence[Any]) -> backends.Gradients:
         grads = groups[part.group]
-        if part.flat is not None and isinstance(grads, FlatBuffer):
-            if grads.layout is part.flat.layout or grads.layout == part.flat.layout:
-                if grads is part.flat:
-                    raise _checks.overlap("grads")
-                return grads
         path = "grads" if self._one_group else f"grads[{part.group}]"
+        if part.flat is not None and isinstance(grads, FlatBuffer):
+            if grads is part.flat:
+                raise _checks.overlap(path)
+            if grads.layout is part.flat.layout or grads.layout == part.flat.layout:
+                return grads
         matched = list(match(grads, self.param_groups[part.group]["params"], path))
         mine = [g for g, (k, _) in zip(matched, self._index[part.group], strict=True) if self._parts[k] is part]
         return backends.Loose(part.names, mine, part.parameters)
@@ -286,7 +288,7 @@ class Optimizer:
         hyperparameters = []
         copies: list[tuple[Array, Array]] = []
         number = 0
-        for k, (group, index) in enumerate(zip(self.param_groups, self._index, strict=True)):
+        for k, index in enumerate(self._index):
             path = f'state_dict["param_groups"][{k}]'
             given = d["param_groups"][k]
             _checks.same_keys(path, given, (*self._names, "params"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -137,16 +138,17 @@ def parameters(named: list[tuple[str, Any]]) -> None:
             raise ValueError(f"{name} is not contiguous (strides {p.strides}); make it so before it is used")
         _writable(name, p)
     extents = sorted((address(p), address(p) + p.nbytes, name) for name, p in named if p.size)
-    for (_, end, first), (start, _, second) in zip(extents, extents[1:], strict=False):
+    for (_, end, first), (start, _, second) in pairwise(extents):
         if start < end:
             raise ValueError(f"{first} and {second} share memory; pass each parameter once")
 
 
 def gradient(name: str, g: Any, p: Array) -> Array:
     """A gradient as a 1-D array in the memory order of its parameter p (a copy only when the orders differ)."""
-    if type(g) is np.ndarray and g.shape == p.shape and g.dtype is p.dtype:  # the plain case, quickly
-        if g.flags.c_contiguous and p.flags.c_contiguous:
-            return g.reshape(-1)
+    plain = type(g) is np.ndarray and g.shape == p.shape and g.dtype is p.dtype
+    if plain and g.flags.c_contiguous and p.flags.c_contiguous:  # quickly
+        flat: Array = g.reshape(-1)
+        return flat
     if isinstance(g, np.generic) and p.ndim == 0:  # what NumPy's reductions return
         g = np.asarray(g)
     if g is None:
@@ -193,13 +195,13 @@ def step_arrays(arrays: dict[str, Any]) -> list[Array]:
         if a.dtype != p.dtype:
             raise ValueError(f"{name} has dtype {a.dtype} but p has {p.dtype}")
         _contiguous(name, a)
-        if not (a.flags.c_contiguous and p.flags.c_contiguous or a.flags.f_contiguous and p.flags.f_contiguous):
+        if not ((a.flags.c_contiguous and p.flags.c_contiguous) or (a.flags.f_contiguous and p.flags.f_contiguous)):
             raise ValueError(f"{name} is in {order(a)} order but p is in {order(p)} order; make them alike")
         if name != "g":
             _writable(name, a)
     if p.size:
         extents = sorted((address(a), name) for name, a in arrays.items())
-        for (start, first), (after, second) in zip(extents, extents[1:], strict=False):
+        for (start, first), (after, second) in pairwise(extents):
             if after - start < p.nbytes:
                 raise ValueError(f"{first} and {second} share memory; pass arrays that do not overlap")
     return [ravel(a) for a in arrays.values()]

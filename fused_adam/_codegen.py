@@ -28,10 +28,13 @@ OPERATORS: dict[type[ast.operator], str] = {
 }
 # Names that mean something else in the printed C++ or in a NumPy kernel.
 _RESERVED = frozenset(
-    "T add subtract multiply divide equal not_equal copyto range alignas alignof asm auto bool case catch char const constexpr decltype default delete do double enum explicit "
-    "export extern float friend goto inline int long mutable namespace new noexcept nullptr operator private protected "
-    "public register short signed sizeof static struct switch template this throw typedef typeid typename union "
-    "unsigned using virtual void volatile".split()
+    """
+    T add subtract multiply divide equal not_equal copyto range alignas alignof asm auto bool case catch
+    char const constexpr decltype default delete do double enum explicit export extern float friend goto
+    inline int long mutable namespace new noexcept nullptr operator private protected public register
+    short signed sizeof static struct switch template this throw typedef typeid typename union unsigned
+    using virtual void volatile
+    """.split()
 )
 
 
@@ -71,7 +74,9 @@ def parse(f: Callable[..., Any]) -> Rule:
         source = textwrap.dedent(inspect.getsource(f))
         definition = ast.parse(source).body[0]
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"rule {name!r}: its source cannot be read; define it with def in a file or notebook") from error
+        raise ValueError(
+            f"rule {name!r}: its source cannot be read; define it with def in a file or notebook"
+        ) from error
     if not isinstance(definition, ast.FunctionDef):
         raise ValueError(f"rule {name!r}: write it with def, not as a lambda")
 

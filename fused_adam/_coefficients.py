@@ -1,6 +1,6 @@
 """(hyperparameters, t) -> float64 coefficients of a rule, each rounded once to the compute type by the backend.
 
-Only ``+ - * /`` and ``sqrt`` in a fixed order, so that the compiled CPU path (and later a device) computes the same bits.
+Only ``+ - * /`` and ``sqrt`` in a fixed order, so that compiled code, on a CPU or a device, computes the same bits.
 Each function returns the coefficients in the order of the rule's arguments.
 """
 

@@ -145,9 +145,7 @@ class FlatBuffer:
         self.views = [data[s.offset : s.offset + s.size] for s in layout.segments]
         self.runs = [data[start:end] for start, end in layout.runs]
         self.addresses = np.array([address(view) for view in self.views], np.int64)
-        self._tree = _read_only(
-            _rebuild(layout.structure, lambda k: self.views[k].reshape(layout.segments[k].shape))
-        )
+        self._tree = _read_only(_rebuild(layout.structure, lambda k: self.views[k].reshape(layout.segments[k].shape)))
 
     @property
     def tree(self) -> Any:

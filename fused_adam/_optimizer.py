@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from fused_adam import _checks, _coefficients, backends
 from fused_adam._base import Optimizer, Update
 from fused_adam._codegen import bind, parse_user_rule
@@ -30,8 +28,8 @@ class SGD(Optimizer):
 
     Args:
         params: an array, a FlatBuffer, dicts, lists and tuples of arrays nested as they like, or a list of group dicts
-            ``{"params": ..., "lr": ...}``. Arrays are float32 or float64, C- or Fortran-contiguous and writable; they are
-            updated in place.
+            ``{"params": ..., "lr": ...}``. Arrays are float32 or float64, C- or Fortran-contiguous and writable; they
+            are updated in place.
         lr: learning rate, >= 0.
         momentum: >= 0. dampening: any number. nesterov: needs momentum > 0 and dampening = 0.
         weight_decay: L2 penalty, >= 0.
@@ -214,7 +212,8 @@ class Adam(Optimizer):
 
 def _adam(group: Mapping[str, Any], decoupled: bool, t: int) -> Update:
     weight_decay = group["weight_decay"]
-    c1, c2, step, eps, decay = _coefficients.adamw(t, group["lr"], *group["betas"], group["eps"], weight_decay)
+    beta1, beta2 = group["betas"]
+    c1, c2, step, eps, decay = _coefficients.adamw(t, group["lr"], beta1, beta2, group["eps"], weight_decay)
     rule = ("amsgrad" if group["amsgrad"] else "adam") + ("w" if decoupled and weight_decay else "")
     coefficients = {"c1": c1, "c2": c2, "step": step, "eps": eps, "decay": decay}
     return _update(rule, group, coefficients, 0.0 if decoupled else weight_decay)
@@ -277,18 +276,16 @@ class Lion(Optimizer):
         return _update("lionw" if weight_decay else "lion", group, coefficients)
 
 
-def rule(
-    update: Callable[..., Any], coefficients: Callable[..., Mapping[str, float]] | None = None
-) -> type[Optimizer]:
+def rule(update: Callable[..., Any], coefficients: Callable[..., Mapping[str, float]] | None = None) -> type[Optimizer]:
     """An optimizer class of a rule of one's own, fused on every backend.
 
     Args:
         update: the rule, read from its source: ``p`` and ``g`` first, then states (which are returned after p) and
-            coefficients. Assignments over names with ``+ - * /``, sqrt, maximum, minimum, absolute and sign; no literals
-            and no branches. It is never called. States start at 0.
-        coefficients: ``(t, **hyperparameters) -> {coefficient: number}``, called before each step with t = 1, 2, ...; its
-            arguments after t, with their defaults, are the class's hyperparameters. Without it, each coefficient is a
-            hyperparameter of its own that must be given.
+            coefficients. Assignments over names with ``+ - * /``, sqrt, maximum, minimum, absolute and sign; no
+            literals and no branches. It is never called. States start at 0.
+        coefficients: ``(t, **hyperparameters) -> {coefficient: number}``, called before each step with t = 1, 2, ...;
+            its arguments after t, with their defaults, are the class's hyperparameters. Without it, each coefficient
+            is a hyperparameter of its own that must be given.
 
     Returns:
         A class that is used like `Adam`: ``Class(params, *, backend="auto", **hyperparameters)``. It pickles if it is
@@ -376,9 +373,7 @@ def adam_step(
         compiled is not None
         and (backend == "numba" or (backend == "auto" and not backends.OVERRIDE))
         and max_v is None
-        and compiled.adam_step(
-            p, g, m, v, step, lr, betas, eps, weight_decay, decoupled_weight_decay, maximize
-        )
+        and compiled.adam_step(p, g, m, v, step, lr, betas, eps, weight_decay, decoupled_weight_decay, maximize)
     ):
         return
     _adam_step(p, g, m, v, step, lr, betas, eps, weight_decay, decoupled_weight_decay, max_v, maximize, backend)

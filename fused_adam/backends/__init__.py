@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
 from types import FrameType, ModuleType, TracebackType
 from typing import Any, NamedTuple
 

@@ -48,9 +48,7 @@ def _view(typingctx: Any, address: Any, lo: Any, n: Any, dtype: Any) -> Any:
         result = context.make_array(array)(context, builder)
         start = builder.add(base, builder.mul(lo, size))
         data = builder.inttoptr(start, context.get_data_type(element).as_pointer())
-        context.populate_array(
-            result, data=data, shape=[n], strides=[size], itemsize=size, meminfo=None, parent=None
-        )
+        context.populate_array(result, data=data, shape=[n], strides=[size], itemsize=size, meminfo=None, parent=None)
         return result._getvalue()
 
     return array(address, lo, n, dtype), codegen
@@ -177,13 +175,15 @@ def _parallel(rows: Any, first: Any, kernels: Any, coefficients: Any, t: Any, t_
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 _pool = threading.Lock()  # held by the one thread that may use Numba's thread pool
+_started = False
 _forked = False
-_threads = 0  # of the pool; 0 until it is started
 
 
 def _after_fork() -> None:
-    global _forked
-    _forked = True  # the pool's threads do not exist in the child, and GNU OpenMP would abort the process
+    """The pool's threads do not exist in a child, and GNU OpenMP would abort it: steps are serial from here on."""
+    global _forked, _compiling
+    _forked = True
+    _compiling = threading.Lock()  # another thread of the parent may have held it
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -194,24 +194,32 @@ def _start_pool() -> None:
 
     GNU OpenMP reads its variables once, when it is loaded; they are put back so that nobody else sees them.
     """
-    global _threads
+    global _started
     bounded = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
     if bounded:
         os.environ["GOMP_SPINCOUNT"] = "3000"
     try:
-        _threads = numba.get_num_threads()
+        numba.get_num_threads()
     finally:
         if bounded:
             del os.environ["GOMP_SPINCOUNT"]
+    _started = True
+
+
+def _threads() -> int:
+    """How many threads a step may use; the caller holds `_pool`."""
+    if not _started:
+        _start_pool()
+    # Numba's own pool aborts the process when two threads use it at once, and not only ours might.
+    alone = threading.current_thread() is threading.main_thread() or numba.threading_layer() != "workqueue"
+    return numba.get_num_threads() if alone else 1
 
 
 def launch(n: int, rows: Array, first: Array, kernels: Array, coefficients: Array, t: Array, t_new: int) -> None:
     """Run a table of n elements in all: in parallel if it is worth it, and if no other thread is at it."""
     if n >= SERIAL_BELOW and not _forked and _pool.acquire(blocking=False):
         try:
-            if not _threads:
-                _start_pool()
-            run = _parallel if _threads > 1 else _serial
+            run = _parallel if _threads() > 1 else _serial
             run(rows, first, kernels, coefficients, t, t_new)
         finally:
             _pool.release()
@@ -299,9 +307,7 @@ def _adam_small(
     row = np.empty((1, 6), np.int64)
     kernel = np.empty(1, np.int64)
     c = np.empty((1, 6))
-    status = _adam_prepare(
-        kernels, p, g, m, v, t, lr, beta1, beta2, eps, weight_decay, variant, row, kernel, c
-    )
+    status = _adam_prepare(kernels, p, g, m, v, t, lr, beta1, beta2, eps, weight_decay, variant, row, kernel, c)
     if status == _DONE:
         for lo in range(0, p.size, CHUNK):
             _chunk(row, kernel, c, 0, lo)
