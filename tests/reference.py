@@ -1,0 +1,1 @@
+../fused_adam/cli/oracle.py
