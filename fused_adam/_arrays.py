@@ -16,7 +16,8 @@ _ALIGNMENT = 128  # bytes: two cache lines, and more than any vector load asks f
 
 def address(a: Array) -> int:
     """The address of the first element."""
-    return int(a.__array_interface__["data"][0])
+    # not __array_interface__, which a subclass may override and NumPy lets crash where memory runs out
+    return int(np.asarray(a).ctypes.data)
 
 
 def order(a: Array) -> str:
@@ -26,8 +27,8 @@ def order(a: Array) -> str:
 
 
 def ravel(a: Array) -> Array:
-    """A contiguous array's elements in memory order: a 1-D view, never a copy."""
-    flat: Array = a.reshape(-1, order="C" if a.flags.c_contiguous else "F")
+    """A contiguous array's elements in memory order: a 1-D view, never a copy, of no subclass (a matrix stays 2-D)."""
+    flat: Array = np.asarray(a).reshape(-1, order="C" if a.flags.c_contiguous else "F")
     return flat
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from fused_adam import _checks, backends
 from fused_adam._arrays import Array, order, ravel
 from fused_adam._codegen import Rule
-from fused_adam._layout import FlatBuffer, Layout, leaves, match
+from fused_adam._layout import FlatBuffer, Layout, leaves, match, rebuild
 
 _FORMAT = 1  # of state dicts
 
@@ -120,8 +120,14 @@ class Optimizer(ABC):
 
         for part in self._parts:
             group = checked[part.group]
-            part.allocate((name, self._initial(group, name)) for name in self._update(group, 1).rule.states)
+            states = [(name, self._initial(group, name)) for name in self._update(group, 1).rule.states]
+            _checks.coefficients([(f"initial {name}", x) for name, x in states], part.dtype)
+            part.allocate(states)
         self.param_groups = groups
+        # What gradients are matched to: the caller's own lists and dicts may change.
+        self._params = [group["params"] for group in groups]
+        self._trees = [rebuild(params, lambda leaf: leaf) for params in self._params]
+        self._flat_ids = {id(part.flat) for part in self._parts if part.flat}
         self._t = np.zeros(1, np.int64)
         self._requested = backend
         parts = [part.rows() for part in self._parts]
@@ -234,12 +240,14 @@ class Optimizer(ABC):
     def _part_gradients(self, part: _Part, groups: Sequence[Any]) -> backends.Gradients:
         grads = groups[part.group]
         path = "grads" if self._one_group else f"grads[{part.group}]"
+        if self.param_groups[part.group]["params"] is not self._params[part.group]:
+            raise ValueError(f'param_groups[{part.group}]["params"] was replaced; make a new optimizer for that')
         if part.flat is not None and isinstance(grads, FlatBuffer):
-            if grads is part.flat:
+            if id(grads) in self._flat_ids:
                 raise _checks.overlap(path)
             if grads.layout is part.flat.layout or grads.layout == part.flat.layout:
                 return grads
-        matched = list(match(grads, self.param_groups[part.group]["params"], path))
+        matched = list(match(grads, self._trees[part.group], path))
         mine = [g for g, (k, _) in zip(matched, self._index[part.group], strict=True) if self._parts[k] is part]
         return backends.Loose(part.names, mine, part.parameters)
 
@@ -286,15 +294,15 @@ class Optimizer(ABC):
             if not isinstance(d[name], list | tuple) or len(d[name]) != have:
                 raise ValueError(f'state_dict["{name}"] should be a list of {have}, got {_checks.kind(d[name])}')
         hyperparameters = []
-        copies: list[tuple[Array, Array]] = []
+        writes: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         number = 0
         for k, index in enumerate(self._index):
             path = f'state_dict["param_groups"][{k}]'
             given = d["param_groups"][k]
             _checks.same_keys(path, given, (*self._names, "params"))
             numbers = list(range(number, number + len(index)))
-            if list(given["params"]) != numbers:
-                raise ValueError(f'{path}["params"] should be {numbers}, got {given["params"]}')
+            if not isinstance(given["params"], list | tuple) or list(given["params"]) != numbers:
+                raise ValueError(f'{path}["params"] should be {numbers}, got {given["params"]!r}')
             hyperparameters.append(self._check(given))
             wanted = self._update(hyperparameters[-1], 1).rule.states
             for views in self._views(index):
@@ -304,14 +312,15 @@ class Optimizer(ABC):
                 _checks.same_keys(name, d["state"][number], views)
                 for key, view in views.items():
                     _checks.state(f'{name}["{key}"]', d["state"][number][key], view.shape, view.dtype)
-                    copies.append((view, d["state"][number][key]))
+                    # 1-D and of one layout, so that nothing allocates, and so nothing fails, once the writing begins
+                    source = np.array(d["state"][number][key], order="C" if order(view) == "C" else "F")
+                    writes.append((np.copyto, (ravel(view), ravel(source))))
                 number += 1
+        writes += [(g.update, (values,)) for g, values in zip(self.param_groups, hyperparameters, strict=True)]
+        writes.append((np.copyto, (self._t, np.array([t], np.int64))))
         with backends.DeferredInterrupt():
-            for view, source in copies:
-                view[...] = source
-            for group, values in zip(self.param_groups, hyperparameters, strict=True):
-                group.update(values)
-            self._t[0] = t
+            for write, arguments in writes:
+                write(*arguments)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

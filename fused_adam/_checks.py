@@ -13,12 +13,14 @@ from fused_adam._arrays import DTYPES, Array, address, order, ravel
 
 MAX_STEP = 2**63 - 1
 # The largest float64 that rounds to a finite float32.
-_FLOAT32_LIMIT = 3.4028235677973362e38
+FLOAT32_LIMIT = 3.4028235677973362e38
 
 
 def kind(x: Any) -> str:
     """How a message calls something that is not what it should be."""
-    if isinstance(x, np.ndarray | np.generic) and not isinstance(x, np.ma.MaskedArray):
+    if isinstance(x, np.generic):
+        return f"a NumPy scalar of {x.dtype}"
+    if isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray):
         return f"a NumPy array of {x.dtype}"
     if x is None:
         return "None"
@@ -39,7 +41,7 @@ def real(name: str, x: Any) -> float:
     except OverflowError:
         value = math.inf
     if not math.isfinite(value):
-        raise ValueError(f"{name} should be finite, got {x}")
+        raise ValueError(f"{name} should be finite, got {value}")
     return value
 
 
@@ -73,7 +75,8 @@ def step_number(x: Any, least: int = 1) -> int:
     if isinstance(x, bool | np.bool_) or not isinstance(x, int | np.integer):
         raise TypeError(f"step should be an int, got {x!r}")
     if not least <= x <= MAX_STEP:
-        raise ValueError(f"step should be in [{least}, 2**63), got {x}; it is 1 on the first call")
+        given = x if abs(int(x)) < 2**64 else "a larger one"  # Python refuses to print very long integers
+        raise ValueError(f"step should be in [{least}, 2**63), got {given}; it is 1 on the first call")
     return int(x)
 
 
@@ -96,7 +99,7 @@ HYPERPARAMETERS = {
 
 def coefficients(values: Iterable[tuple[str, float]], dtype: np.dtype[Any]) -> None:
     """Raises ValueError for a coefficient that is not finite in the compute type."""
-    limit = _FLOAT32_LIMIT if dtype == np.float32 else math.inf
+    limit = FLOAT32_LIMIT if dtype == np.float32 else math.inf
     for name, value in values:
         if not abs(value) <= limit or value in (math.inf, -math.inf):
             raise ValueError(f"coefficient {name} is {value}, which {dtype} cannot hold; use smaller hyperparameters")
@@ -212,7 +215,10 @@ def flatten(named: list[tuple[str, Any]], dtype: Any) -> np.dtype[Any]:
     if not named:
         raise ValueError("tree is empty; pass at least one array")
     if dtype is not None:
-        chosen: np.dtype[Any] = np.dtype(dtype)
+        try:
+            chosen: np.dtype[Any] = np.dtype(dtype)
+        except (TypeError, ValueError, SyntaxError) as error:
+            raise TypeError(f"dtype should be float32 or float64, got {dtype!r}") from error
         if chosen not in DTYPES:
             raise ValueError(f"dtype should be float32 or float64, got {chosen}")
         for name, a in named:

@@ -3,7 +3,7 @@
 The grammar is the intersection of Python and C++ (see `_rules`): whatever stands outside it is refused with the line
 that is wrong. Every backend runs each assignment's own text in its own order, which is why the bits agree.
 
-``python -m fused_adam._codegen`` prints kernels/rules.cuh anew; ``--check`` only says whether it is stale.
+`main` prints kernels/rules.cuh anew, or with ``--check`` only says whether it is stale.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ OPERATORS: dict[type[ast.operator], str] = {
 # Names that mean something else in the printed C++ or in a NumPy kernel.
 _RESERVED = frozenset(
     """
-    T add subtract multiply divide equal not_equal copyto range alignas alignof asm auto bool case catch
-    char const constexpr decltype default delete do double enum explicit export extern float friend goto
-    inline int long mutable namespace new noexcept nullptr operator private protected public register
-    short signed sizeof static struct switch template this throw typedef typeid typename union unsigned
-    using virtual void volatile
+    T add subtract multiply divide equal not_equal copyto range alignas alignof and_eq asm auto bitand
+    bitor bool case catch char char8_t char16_t char32_t co_await co_return co_yield compl concept const
+    const_cast consteval constexpr constinit decltype default delete do double dynamic_cast enum explicit
+    export extern false float friend goto inline int long mutable namespace new noexcept not_eq nullptr
+    operator or_eq private protected public register reinterpret_cast requires short signed sizeof static
+    static_assert static_cast struct switch template this thread_local throw true typedef typeid typename
+    union unsigned using virtual void volatile wchar_t xor xor_eq
     """.split()
 )
 
@@ -127,7 +129,10 @@ def parse(f: Callable[..., Any]) -> Rule:
             elif not (isinstance(node, ast.BinOp) and type(node.op) in OPERATORS):
                 raise refuse(node, "only names, + - * / and intrinsics are allowed")
         known.add(target)
-        text = " ".join((ast.get_source_segment(source, statement) or "").split())
+        text = ast.get_source_segment(source, statement) or ""
+        if "#" in text or "\\" in text:  # a comment or continued line would swallow what follows once on one line
+            text = ast.unparse(statement)
+        text = " ".join(text.split())
         assignments.append(Assignment(target, statement.value, text))
 
     return Rule(
@@ -326,11 +331,7 @@ def main(argv: list[str]) -> int:
             return 1
         return 0
     if argv:
-        print("usage: python -m fused_adam._codegen [--check]", file=sys.stderr)
+        print("usage: [--check]", file=sys.stderr)
         return 2
     path.write_text(text)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

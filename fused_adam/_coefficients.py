@@ -15,9 +15,9 @@ def bias_correction(c: float, t: int) -> float:
     Doubling from the most significant bit of t: q(2n) = q(n) (2 - q(n)), q(n + 1) = q(n) + c (1 - q(n)).
     """
     q = 0.0
-    bit = 62
-    while bit > 0 and (t >> bit) == 0:
-        bit -= 1
+    bit = 0
+    while (t >> bit) > 1:
+        bit += 1
     while bit >= 0:
         q = q * (2.0 - q)
         if (t >> bit) & 1:

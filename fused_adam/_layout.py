@@ -68,14 +68,14 @@ def _keys(d: Mapping[Any, Any]) -> str:
     return ", ".join(map(_quoted, d)) or "empty"
 
 
-def _rebuild(tree: Any, make: Callable[[Any], Any]) -> Any:
+def rebuild(tree: Any, make: Callable[[Any], Any]) -> Any:
     """The same structure as dicts and tuples, with make(leaf) for each leaf, in order."""
     if isinstance(tree, FlatBuffer):
         tree = tree.tree
     if isinstance(tree, Mapping):
-        return {key: _rebuild(child, make) for key, child in tree.items()}
+        return {key: rebuild(child, make) for key, child in tree.items()}
     if isinstance(tree, list | tuple):
-        return tuple(_rebuild(child, make) for child in tree)
+        return tuple(rebuild(child, make) for child in tree)
     return make(tree)
 
 
@@ -113,7 +113,7 @@ class Layout:
             segments.append(Segment(path, leaf.shape, offset, leaf.size))
             offset += -(-leaf.size // BLOCK) * BLOCK
         numbers = iter(range(len(segments)))
-        return Layout(dtype, tuple(segments), _rebuild(tree, lambda _: next(numbers)), offset)
+        return Layout(dtype, tuple(segments), rebuild(tree, lambda _: next(numbers)), offset)
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int], ...]:
@@ -145,7 +145,7 @@ class FlatBuffer:
         self.views = [data[s.offset : s.offset + s.size] for s in layout.segments]
         self.runs = [data[start:end] for start, end in layout.runs]
         self.addresses = np.array([address(view) for view in self.views], np.int64)
-        self._tree = _read_only(_rebuild(layout.structure, lambda k: self.views[k].reshape(layout.segments[k].shape)))
+        self._tree = _read_only(rebuild(layout.structure, lambda k: self.views[k].reshape(layout.segments[k].shape)))
 
     @property
     def tree(self) -> Any:

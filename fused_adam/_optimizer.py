@@ -308,6 +308,8 @@ def rule(update: Callable[..., Any], coefficients: Callable[..., Mapping[str, fl
         if not arguments:
             raise ValueError(f"coefficients of rule {parsed.name!r} should take t first, then the hyperparameters")
         defaults = {a.name: a.default for a in arguments[1:]}
+    for taken in {"self", "params", "backend"} & set(defaults):
+        raise ValueError(f"rule {parsed.name!r}: a hyperparameter cannot be called {taken!r}; choose another name")
 
     class Made(Optimizer):
         def __init__(self, params: Any, *, backend: str = "auto", **hyperparameters: Any) -> None:
@@ -368,12 +370,14 @@ def adam_step(
 
     Reference: Kingma & Ba, ICLR 2015, algorithm 1; Loshchilov & Hutter, ICLR 2019, algorithm 2.
     """
-    compiled = sys.modules.get("fused_adam.backends.numba_cpu")
+    # None as long as another thread is still importing the module, too
+    compiled = getattr(sys.modules.get("fused_adam.backends._numba_adam_step"), "adam_step", None)
     if (
         compiled is not None
+        and type(backend) is str
         and (backend == "numba" or (backend == "auto" and not backends.OVERRIDE))
         and max_v is None
-        and compiled.adam_step(p, g, m, v, step, lr, betas, eps, weight_decay, decoupled_weight_decay, maximize)
+        and compiled(p, g, m, v, step, lr, betas, eps, weight_decay, decoupled_weight_decay, maximize)
     ):
         return
     _adam_step(p, g, m, v, step, lr, betas, eps, weight_decay, decoupled_weight_decay, max_v, maximize, backend)
@@ -417,4 +421,4 @@ def _adam_step(
 
 def adamw_step(p: Any, g: Any, m: Any, v: Any, *, step: int, weight_decay: float = 1e-2, **arguments: Any) -> None:
     """`adam_step` with decoupled weight decay, 0.01 by default."""
-    adam_step(p, g, m, v, step=step, weight_decay=weight_decay, **{**arguments, "decoupled_weight_decay": True})
+    adam_step(p, g, m, v, step=step, weight_decay=weight_decay, decoupled_weight_decay=True, **arguments)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import importlib
 import importlib.util
 import os
-import signal
 import sys
 import threading
 from types import FrameType, ModuleType, TracebackType
@@ -101,20 +101,23 @@ Gradients = FlatBuffer | Loose
 
 
 class DeferredInterrupt:
-    """Ctrl-C while the block runs is delivered after it. Only the main thread is ever interrupted."""
+    """Ctrl-C while the block runs is delivered after it. Only the main thread is ever interrupted.
+
+    With the C functions behind the signal module: its own make enums, which could fail for want of memory at the end.
+    """
 
     def __enter__(self) -> None:
         self._pending: FrameType | None = None
         self._hit = False
         self._previous: Any = None
-        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
-            self._previous = signal.signal(signal.SIGINT, self._defer)
+        if threading.current_thread() is threading.main_thread() and callable(_signal.getsignal(_signal.SIGINT)):
+            self._previous = _signal.signal(_signal.SIGINT, self._defer)
 
     def _defer(self, number: int, frame: FrameType | None) -> None:
         self._hit, self._pending = True, frame
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+            _signal.signal(_signal.SIGINT, self._previous)
             if self._hit:
-                self._previous(signal.SIGINT, self._pending)
+                self._previous(_signal.SIGINT, self._pending)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,26 +43,58 @@ def _scratch(rows: int, dtype: np.dtype[Any]) -> list[Array]:
     return [*pool[:rows], _local.mask]
 
 
-_Call = tuple[Callable[..., None], list[Array]]
+def _quiet() -> contextvars.Context:
+    """This thread's context in which NumPy reports no floating-point error; unlike errstate, leaving it cannot fail."""
+    if not hasattr(_local, "quiet"):
+        quiet = contextvars.Context()
+        quiet.run(np.seterr, all="ignore")
+        _local.quiet = quiet
+    context: contextvars.Context = _local.quiet
+    return context
+
+
+_Call = tuple[Callable[..., Any], list[Array]]
 
 
 def _calls(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states: Sequence[Array]) -> list[_Call]:
-    """A kernel call for each chunk. Every view is made here, before the first write."""
+    """A kernel call for each chunk. Every view is made here, before the first write.
+
+    For misaligned arrays, and to write one element in place, a ufunc allocates, which could fail in mid-step: these go
+    through scratch rows, by plain copies of bytes.
+    """
     f, rows = kernel(rule)
-    scratch = _scratch(rows, p.dtype)
+    arrays = (p, g, *states)
+    misaligned = [k for k, a in enumerate(arrays) if not a.flags.aligned]
+    everything = range(len(arrays))
+    *scratch, mask = _scratch(rows + len(everything if p.size % CHUNK == 1 else misaligned), p.dtype)
     scalars = [np.array(x, p.dtype) for x in coefficients]
-    calls = []
+    calls: list[_Call] = []
     for lo in range(0, p.size, CHUNK):
-        hi = min(lo + CHUNK, p.size)
-        calls.append((f, [*(a[lo:hi] for a in (p, g, *states)), *scalars, *(r[: hi - lo] for r in scratch)]))
+        n = min(CHUNK, p.size - lo)
+        width = max(n, 2)
+        chunk = [a[lo : lo + n] for a in arrays]
+        after: list[_Call] = []
+        for k, row in zip(everything if n == 1 else misaligned, scratch[rows:], strict=False):
+            outside, inside = chunk[k].view(np.uint8), row[:n].view(np.uint8)
+            calls.append((np.copyto, [inside, outside]))
+            if k != 1:  # g is only read
+                after.append((np.copyto, [outside, inside]))
+            chunk[k] = row[:width]
+        calls.append((f, [*chunk, *scalars, *(r[:width] for r in scratch[:rows]), mask[:width]]))
+        calls += after
     return calls
 
 
 def _execute(calls: Sequence[_Call], t: Array, t_new: int) -> None:
-    with np.errstate(all="ignore"), DeferredInterrupt():
-        for f, arguments in calls:
-            f(*arguments)
-        t[0] = t_new
+    quiet = _quiet()
+    with DeferredInterrupt():
+        quiet.run(_call_all, calls, t, t_new)
+
+
+def _call_all(calls: Sequence[_Call], t: Array, t_new: int) -> None:
+    for f, arguments in calls:
+        f(*arguments)
+    t[0] = t_new
 
 
 def run(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states: Sequence[Array]) -> None:

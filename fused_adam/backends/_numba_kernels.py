@@ -1,0 +1,106 @@
+"""Each rule as a C function that Numba compiles: ``void(row, first element, number of elements, coefficients)``.
+
+row holds the addresses of p, g and the states as int64; the coefficients are float64 and are rounded once, on entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from fused_adam._codegen import Rule, numba_source
+
+# IEEE division vectorises; fastmath stays off: it changes bits.
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "cache": True}
+
+
+@intrinsic
+def _view(typingctx: Any, address: Any, lo: Any, n: Any, dtype: Any) -> Any:
+    """The n elements of `dtype` from element `lo` behind an address, as an array."""
+    element = dtype.dtype if isinstance(dtype, types.NumberClass) else dtype
+    array = types.Array(element, 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base, lo, n, _ = args
+        size = ir.Constant(ir.IntType(64), element.bitwidth // 8)
+        result = context.make_array(array)(context, builder)
+        start = builder.add(base, builder.mul(lo, size))
+        data = builder.inttoptr(start, context.get_data_type(element).as_pointer())
+        context.populate_array(result, data=data, shape=[n], strides=[size], itemsize=size, meminfo=None, parent=None)
+        return result._getvalue()
+
+    return array(address, lo, n, dtype), codegen
+
+
+@numba.njit(inline="always")
+def _maximum(a: Any, b: Any) -> Any:
+    return a if a > b or a != a else b
+
+
+@numba.njit(inline="always")
+def _minimum(a: Any, b: Any) -> Any:
+    return a if a < b or a != a else b
+
+
+@numba.njit(inline="always")
+def _sign(x: Any) -> Any:
+    return type(x)(x > 0) - type(x)(x < 0)
+
+
+_SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64, types.CPointer(types.float64))
+_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+
+_kernels: dict[tuple[Rule, np.dtype[Any]], Any] = {}
+_compiling = threading.Lock()
+
+
+def kernel(rule: Rule, dtype: np.dtype[Any]) -> int:
+    """The address of the rule's compiled loop. Compiled on first use, then found in Numba's disk cache."""
+    with _compiling:
+        if (rule, dtype) not in _kernels:
+            _kernels[rule, dtype] = _compile(rule, dtype)
+        return int(_kernels[rule, dtype].address)
+
+
+def _compile(rule: Rule, dtype: np.dtype[Any]) -> Any:
+    source = numba_source(rule)
+    scope: dict[str, Any] = {
+        "__name__": __name__,  # Numba imports a cached function's module
+        "_view": _view,
+        "_T": numba.from_dtype(dtype),
+        "sqrt": math.sqrt,
+        "absolute": abs,
+        "sign": _sign,
+        "maximum": _maximum,
+        "minimum": _minimum,
+    }
+    # Compiled under the rules file's name, or Numba would find no place for its disk cache; the hash in the function's
+    # name keeps a changed rule, shell or dtype from finding an old entry.
+    exec(compile(source, rule.file, "exec"), scope)
+    function = scope["kernel"]
+    digest = hashlib.sha256(f"{source}{dtype}{_HASH}".encode()).hexdigest()[:12]
+    function.__name__ = function.__qualname__ = f"{rule.name}_{dtype}_{digest}"
+    try:
+        return numba.cfunc(_SIGNATURE, **OPTIONS)(function)
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):
+            raise
+        return numba.cfunc(_SIGNATURE, **{**OPTIONS, "cache": False})(function)  # a rule typed into a session
+
+
+def _after_fork() -> None:
+    global _compiling
+    _compiling = threading.Lock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
