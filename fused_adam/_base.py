@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fused_adam import _checks, backends
+from fused_adam import _checks
 from fused_adam._arrays import Array, order, ravel
 from fused_adam._codegen import Rule
-from fused_adam._layout import FlatBuffer, Layout, leaves, match, rebuild
+from fused_adam._layout import FlatBuffer, leaves, match
+from fused_adam._part import Part
+from fused_adam.backends import DeferredInterrupt, Gradients, Loose, check_name, choose, load
 
 _FORMAT = 1  # of state dicts
 
@@ -21,38 +23,6 @@ class Update(NamedTuple):
 
     rule: Rule
     coefficients: Mapping[str, float]
-
-
-class _Part:
-    """The parameters of one group and dtype, and their states."""
-
-    def __init__(self, group: int, flat: FlatBuffer | None, dtype: np.dtype[Any]) -> None:
-        self.group = group
-        self.flat = flat
-        self.dtype = dtype
-        self.names: list[str] = []  # of the gradients
-        self.parameters: list[Array] = []
-        self.states: dict[str, FlatBuffer] = {}
-
-    def allocate(self, states: Iterable[tuple[str, float]]) -> None:
-        layout = self.flat.layout if self.flat else Layout.of([ravel(p) for p in self.parameters], self.dtype)
-        for name, value in states:
-            self.states[name] = FlatBuffer(layout)
-            if value:
-                for view in self.states[name].views:
-                    view[...] = value
-
-    def rows(self) -> backends.Part:
-        states = self.states.values()
-        rows = zip(map(ravel, self.parameters), *(s.views for s in states), strict=True)
-        runs = zip(self.flat.runs, *(s.runs for s in states), strict=True) if self.flat else ()
-        shapes = [p.shape if order(p) == "C" else None for p in self.parameters]
-        return backends.Part(self.dtype, shapes, list(rows), list(runs))
-
-    def state_views(self, name: str) -> list[Array]:
-        """A state of each parameter, in the parameter's shape and memory order."""
-        views = zip(self.states[name].views, self.parameters, strict=True)
-        return [v.reshape(p.shape, order="C" if order(p) == "C" else "F") for v, p in views]
 
 
 class Optimizer(ABC):
@@ -105,9 +75,9 @@ class Optimizer(ABC):
     def _set_up(self, groups: list[dict[str, Any]], backend: str) -> None:
         import logging  # here, because it is a tenth of the package's import time
 
-        backends.check_name(backend)
+        check_name(backend)
         checked = [self._check(group) for group in groups]
-        self._parts: list[_Part] = []
+        self._parts: list[Part] = []
         self._index: list[list[tuple[int, int]]] = []  # for each group's leaves: (part, position in it)
         everything: list[tuple[str, Any]] = []
         for k, group in enumerate(groups):
@@ -131,9 +101,9 @@ class Optimizer(ABC):
         self._t = np.zeros(1, np.int64)
         self._requested = backend
         parts = [part.rows() for part in self._parts]
-        self.backend = backends.choose(backend, sum(p.size for _, p in everything))
+        self.backend = choose(backend, sum(p.size for _, p in everything))
         writes = _checks.Extents([a for part in parts for row in part.rows for a in row])
-        self._stepper = backends.load(self.backend).Stepper(parts, self._t, writes)
+        self._stepper = load(self.backend).Stepper(parts, self._t, writes)
         logging.getLogger("fused_adam").info("%s runs on the %s backend", type(self).__name__, self.backend)
 
     def _split(self, group: int, params: Any, named: list[tuple[str, Any]], path: str) -> list[tuple[int, int]]:
@@ -145,7 +115,7 @@ class Optimizer(ABC):
         for name, p in named:
             if p.dtype not in parts:
                 parts[p.dtype] = len(self._parts)
-                self._parts.append(_Part(group, flat, p.dtype))
+                self._parts.append(Part(group, flat, p.dtype))
             part = self._parts[parts[p.dtype]]
             index.append((parts[p.dtype], len(part.parameters)))
             part.names.append(gradient_path + name[len(path) :])
@@ -203,9 +173,9 @@ class Optimizer(ABC):
                         f"the gradient of {name.replace('grads', 'params', 1)} is missing; pass zeros for none"
                     )
         loose = zip(self._parts, gradients, strict=True)
-        self._run([backends.Loose(part.names, gs, part.parameters) for part, gs in loose])
+        self._run([Loose(part.names, gs, part.parameters) for part, gs in loose])
 
-    def _run(self, gradients: Sequence[backends.Gradients]) -> None:
+    def _run(self, gradients: Sequence[Gradients]) -> None:
         t = self.t + 1
         if t > _checks.MAX_STEP:
             raise ValueError("the step count has reached 2**63 - 1")
@@ -237,7 +207,7 @@ class Optimizer(ABC):
             raise ValueError(f"grads has {len(grads)} entries but there are {len(self.param_groups)} groups")
         return grads
 
-    def _part_gradients(self, part: _Part, groups: Sequence[Any]) -> backends.Gradients:
+    def _part_gradients(self, part: Part, groups: Sequence[Any]) -> Gradients:
         grads = groups[part.group]
         path = "grads" if self._one_group else f"grads[{part.group}]"
         if self.param_groups[part.group]["params"] is not self._params[part.group]:
@@ -249,7 +219,7 @@ class Optimizer(ABC):
                 return grads
         matched = list(match(grads, self._trees[part.group], path))
         mine = [g for g, (k, _) in zip(matched, self._index[part.group], strict=True) if self._parts[k] is part]
-        return backends.Loose(part.names, mine, part.parameters)
+        return Loose(part.names, mine, part.parameters)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -318,7 +288,7 @@ class Optimizer(ABC):
                 number += 1
         writes += [(g.update, (values,)) for g, values in zip(self.param_groups, hyperparameters, strict=True)]
         writes.append((np.copyto, (self._t, np.array([t], np.int64))))
-        with backends.DeferredInterrupt():
+        with DeferredInterrupt():
             for write, arguments in writes:
                 write(*arguments)
 

@@ -29,7 +29,7 @@ OPERATORS: dict[type[ast.operator], str] = {
 # Names that mean something else in the printed C++ or in a NumPy kernel.
 _RESERVED = frozenset(
     """
-    T add subtract multiply divide equal not_equal copyto range alignas alignof and_eq asm auto bitand
+    T add subtract multiply divide equal fmax fmin copyto putmask range alignas alignof and_eq asm auto bitand
     bitor bool case catch char char8_t char16_t char32_t co_await co_return co_yield compl concept const
     const_cast consteval constexpr constinit decltype default delete do double dynamic_cast enum explicit
     export extern false float friend goto inline int long mutable namespace new noexcept not_eq nullptr
@@ -156,23 +156,6 @@ def _nodes(expression: ast.expr) -> Iterator[ast.expr]:
             yield from _nodes(argument)
 
 
-def parse_user_rule(f: Callable[..., Any]) -> Rule:
-    """`parse`, and the arguments and result that an optimizer needs."""
-    rule = parse(f)
-    if rule.arguments[:2] != ("p", "g"):
-        raise ValueError(f"rule {rule.name!r}: the first two arguments should be p and g, got {rule.arguments}")
-    if rule.outputs[0] != "p" or "g" in rule.outputs:
-        raise ValueError(f"rule {rule.name!r}: return p first, then the states, and not g")
-    assigned = {a.target for a in rule.assignments}
-    for n in rule.outputs:
-        if n not in assigned:
-            raise ValueError(f"rule {rule.name!r}: {n!r} is returned but never assigned")
-    for n in rule.coefficients:
-        if n in assigned:
-            raise ValueError(f"rule {rule.name!r}: {n!r} is assigned but not returned; use a new name for it")
-    return rule
-
-
 @cache
 def bind(name: str, preludes: tuple[str, ...] = ()) -> Rule:
     """A built-in rule behind its preludes: ``bind("adam", ("maximize", "l2"))``."""
@@ -240,7 +223,7 @@ def numba_source(rule: Rule) -> str:
 
 @dataclass(frozen=True)
 class NumpyKernel:
-    """source defines kernel(p, g, *states, *coefficients, *rows, mask): `rows` scratch rows and a boolean one."""
+    """source defines kernel(p, g, *states, *coefficients, *rows, mask, zero): scratch rows, a boolean row, a 0-d 0."""
 
     source: str
     rows: int
@@ -250,7 +233,7 @@ def numpy_kernel(rule: Rule) -> NumpyKernel:
     """Straight-line ufunc calls with ``out=``: no temporaries are made, and only outputs are written."""
     lowering = _Lowering(rule)
     rows = [f"_r{k}" for k in range(lowering.rows)]
-    arguments = ["p", "g", *rule.states, *rule.coefficients, *rows, "_mask"]
+    arguments = ["p", "g", *rule.states, *rule.coefficients, *rows, "_mask", "_zero"]
     lines = [f"def kernel({', '.join(arguments)}):", *(f"    {line}" for line in lowering.lines)]
     return NumpyKernel("\n".join(lines) + "\n", lowering.rows)
 
@@ -294,13 +277,30 @@ class _Lowering:
             operands = [self._emit(a) for a in node.args]
         if function in ("maximum", "minimum"):
             return self._extremum(function, operands, out)
+        if function == "sign":
+            return self._sign(operands[0], out)
         for operand in operands:
             self._release(operand)
         result = out or self._row()
         self.lines.append(f"{function}({', '.join(operands)}, {result})")
-        if function == "sign":  # NumPy's sign(NaN) is NaN, ours is 0
-            self.lines += [f"not_equal({result}, {result}, _mask)", f"copyto({result}, 0, where=_mask)"]
         return result
+
+    # copyto with where= and any reduction allocate, which could fail in mid-step: plain ufuncs and putmask do not.
+
+    def _sign(self, operand: str, out: str | None) -> str:
+        """NumPy's sign(NaN) is NaN, ours is 0: fmax and fmin take the zero."""
+        positive, result = self._row(), out if out is not None and out != operand else self._row()
+        self.lines += [
+            f"fmax({operand}, _zero, {positive})",
+            f"fmin({operand}, _zero, {result})",
+            f"add({positive}, {result}, {result})",
+            f"sign({result}, {out or result})",
+        ]
+        self._release(operand)
+        self._release(positive)
+        if out is not None and out != result:
+            self._release(result)
+        return out or result
 
     def _extremum(self, function: str, operands: list[str], out: str | None) -> str:
         """NumPy's result for -0 against +0 depends on the position; ours is b whenever a == b."""
@@ -309,7 +309,7 @@ class _Lowering:
         self.lines += [
             f"{function}({a}, {b}, out={result})",
             f"equal({result}, {b}, _mask)",
-            f"copyto({result}, {b}, where=_mask)",
+            f"putmask({result}, _mask, {b})",
         ]
         self._release(a)
         self._release(b)

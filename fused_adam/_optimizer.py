@@ -1,15 +1,15 @@
-"""The optimizer classes, rules of one's own, and `adam_step` for arrays that are kept elsewhere."""
+"""The optimizer classes, and `adam_step` for arrays that are kept elsewhere."""
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from fused_adam import _checks, _coefficients, backends
+from fused_adam import _checks, _coefficients
 from fused_adam._base import Optimizer, Update
-from fused_adam._codegen import bind, parse_user_rule
+from fused_adam._codegen import bind
+from fused_adam.backends import OVERRIDE, check_name, choose, load
 
 
 def _update(rule: str, group: Mapping[str, Any], coefficients: Mapping[str, float], l2: float = 0.0) -> Update:
@@ -276,70 +276,6 @@ class Lion(Optimizer):
         return _update("lionw" if weight_decay else "lion", group, coefficients)
 
 
-def rule(update: Callable[..., Any], coefficients: Callable[..., Mapping[str, float]] | None = None) -> type[Optimizer]:
-    """An optimizer class of a rule of one's own, fused on every backend.
-
-    Args:
-        update: the rule, read from its source: ``p`` and ``g`` first, then states (which are returned after p) and
-            coefficients. Assignments over names with ``+ - * /``, sqrt, maximum, minimum, absolute and sign; no
-            literals and no branches. It is never called. States start at 0.
-        coefficients: ``(t, **hyperparameters) -> {coefficient: number}``, called before each step with t = 1, 2, ...;
-            its arguments after t, with their defaults, are the class's hyperparameters. Without it, each coefficient
-            is a hyperparameter of its own that must be given.
-
-    Returns:
-        A class that is used like `Adam`: ``Class(params, *, backend="auto", **hyperparameters)``. It pickles if it is
-        reachable under the rule's name, as with ``@fused_adam.rule``.
-
-    Raises:
-        ValueError: the rule is outside this grammar; the message shows the line.
-
-    >>> import numpy as np, fused_adam
-    >>> @fused_adam.rule
-    ... def signed(p, g, lr):
-    ...     p = p - lr * sign(g)
-    ...     return p
-    """
-    parsed = parse_user_rule(update)
-    if coefficients is None:
-        defaults: dict[str, Any] = dict.fromkeys(parsed.coefficients, inspect.Parameter.empty)
-    else:
-        arguments = list(inspect.signature(coefficients).parameters.values())
-        if not arguments:
-            raise ValueError(f"coefficients of rule {parsed.name!r} should take t first, then the hyperparameters")
-        defaults = {a.name: a.default for a in arguments[1:]}
-    for taken in {"self", "params", "backend"} & set(defaults):
-        raise ValueError(f"rule {parsed.name!r}: a hyperparameter cannot be called {taken!r}; choose another name")
-
-    class Made(Optimizer):
-        def __init__(self, params: Any, *, backend: str = "auto", **hyperparameters: Any) -> None:
-            for name in hyperparameters:
-                if name not in defaults:
-                    raise TypeError(f"{parsed.name} has no hyperparameter {name!r}; it has {list(defaults)}")
-            values = {**defaults, **hyperparameters}
-            for name, value in values.items():
-                if value is inspect.Parameter.empty:
-                    raise TypeError(f"{parsed.name} needs {name}=")
-            super().__init__(params, values, backend)
-
-        def _check_one(self, name: str, value: Any) -> Any:
-            return _checks.real(name, value)
-
-        def _update(self, group: Mapping[str, Any], t: int) -> Update:
-            hyperparameters = {k: group[k] for k in defaults}
-            values = coefficients(t, **hyperparameters) if coefficients else hyperparameters
-            for name in parsed.coefficients:
-                if name not in values:
-                    raise ValueError(f"coefficients of rule {parsed.name!r} did not return {name!r}")
-            return Update(parsed, {n: _checks.real(n, values[n]) for n in parsed.coefficients})
-
-    Made.__name__ = update.__name__
-    Made.__qualname__ = update.__qualname__
-    Made.__module__ = update.__module__
-    Made.__doc__ = update.__doc__
-    return Made
-
-
 def adam_step(
     p: Any,
     g: Any,
@@ -375,7 +311,7 @@ def adam_step(
     if (
         compiled is not None
         and type(backend) is str
-        and (backend == "numba" or (backend == "auto" and not backends.OVERRIDE))
+        and (backend == "numba" or (backend == "auto" and not OVERRIDE))
         and max_v is None
         and compiled(p, g, m, v, step, lr, betas, eps, weight_decay, decoupled_weight_decay, maximize)
     ):
@@ -400,7 +336,7 @@ def _adam_step(
 ) -> None:
     """`adam_step` where the compiled call did not apply or refused: check everything in Python, explain or run."""
     arrays = {"p": p, "g": g, "m": m, "v": v} | ({} if max_v is None else {"max_v": max_v})
-    backends.check_name(backend)
+    check_name(backend)
     t = _checks.step_number(step)
     group = {
         "lr": _checks.nonnegative("lr", lr),
@@ -416,7 +352,7 @@ def _adam_step(
     values = [update.coefficients[n] for n in update.rule.coefficients]
     _checks.coefficients(zip(update.rule.coefficients, values, strict=True), dtype)
     p, g, *states = views
-    backends.load(backends.choose(backend, p.size)).run(update.rule, values, p, g, states)
+    load(choose(backend, p.size)).run(update.rule, values, p, g, states)
 
 
 def adamw_step(p: Any, g: Any, m: Any, v: Any, *, step: int, weight_decay: float = 1e-2, **arguments: Any) -> None:

@@ -76,7 +76,7 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-class Part(NamedTuple):
+class Rows(NamedTuple):
     """Parameters and states of one dtype that take the same rule and coefficients.
 
     shapes: of each parameter; None where it is in Fortran order. rows: (p, *states) for each, all 1-D. runs: the same

@@ -24,7 +24,7 @@ from fused_adam import _checks, _coefficients
 from fused_adam._arrays import Array, address
 from fused_adam._codegen import Rule
 from fused_adam._layout import FlatBuffer
-from fused_adam.backends import DeferredInterrupt, Gradients, Loose, Part
+from fused_adam.backends import DeferredInterrupt, Gradients, Loose, Rows
 from fused_adam.backends._numba_kernels import OPTIONS, kernel
 
 CHUNK = 2**16  # elements a thread takes at a time
@@ -173,7 +173,7 @@ def _address(column: Any, k: Any, itemsize: Any, g: Any) -> Any:
 class Stepper:
     """Steps over fixed parameters and states; see `numpy_cpu.Stepper`."""
 
-    def __init__(self, parts: Sequence[Part], t: Array, writes: _checks.Extents) -> None:
+    def __init__(self, parts: Sequence[Rows], t: Array, writes: _checks.Extents) -> None:
         self._parts = parts
         self._t = t
         self._writes = writes
@@ -215,7 +215,7 @@ class Stepper:
                 alive.append(self._bind(part, column, nbytes, given))
         launch(self._n, self._rows, self._first, self._kernels, self._coefficients, self._t, t)
 
-    def _bind(self, part: Part, column: Array, nbytes: Array, given: Loose) -> list[Array]:
+    def _bind(self, part: Rows, column: Array, nbytes: Array, given: Loose) -> list[Array]:
         """Check the gradients and write their addresses."""
         copies = []
         itemsize = part.dtype.itemsize

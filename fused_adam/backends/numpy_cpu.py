@@ -13,7 +13,7 @@ from fused_adam import _checks
 from fused_adam._arrays import Array, address
 from fused_adam._codegen import Rule, numpy_kernel
 from fused_adam._layout import FlatBuffer
-from fused_adam.backends import DeferredInterrupt, Gradients, Loose, Part
+from fused_adam.backends import DeferredInterrupt, Gradients, Loose, Rows
 
 # Elements a chunk: five float32 streams and the scratch rows of one chunk fit in a 1 MiB L2 cache.
 CHUNK = 2**15
@@ -27,7 +27,7 @@ def kernel(rule: Rule) -> tuple[Callable[..., None], int]:
     if rule not in _kernels:
         text = numpy_kernel(rule)
         names = ("add", "subtract", "multiply", "divide", "sqrt", "absolute", "sign", "maximum", "minimum")
-        scope = {n: getattr(np, n) for n in (*names, "equal", "not_equal", "copyto")}
+        scope = {n: getattr(np, n) for n in (*names, "equal", "fmax", "fmin", "copyto", "putmask")}
         exec(compile(text.source, f"<fused_adam numpy {rule.name}>", "exec"), scope)
         _kernels[rule] = scope["kernel"], text.rows
     return _kernels[rule]
@@ -68,6 +68,7 @@ def _calls(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states
     everything = range(len(arrays))
     *scratch, mask = _scratch(rows + len(everything if p.size % CHUNK == 1 else misaligned), p.dtype)
     scalars = [np.array(x, p.dtype) for x in coefficients]
+    zero = np.zeros((), p.dtype)
     calls: list[_Call] = []
     for lo in range(0, p.size, CHUNK):
         n = min(CHUNK, p.size - lo)
@@ -80,7 +81,7 @@ def _calls(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states
             if k != 1:  # g is only read
                 after.append((np.copyto, [outside, inside]))
             chunk[k] = row[:width]
-        calls.append((f, [*chunk, *scalars, *(r[:width] for r in scratch[:rows]), mask[:width]]))
+        calls.append((f, [*chunk, *scalars, *(r[:width] for r in scratch[:rows]), mask[:width], zero]))
         calls += after
     return calls
 
@@ -111,7 +112,7 @@ class Stepper:
         writes: the memory of parts, which no gradient may overlap.
     """
 
-    def __init__(self, parts: Sequence[Part], t: Array, writes: _checks.Extents) -> None:
+    def __init__(self, parts: Sequence[Rows], t: Array, writes: _checks.Extents) -> None:
         self._parts = parts
         self._t = t
         self._writes = writes
