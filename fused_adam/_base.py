@@ -11,7 +11,7 @@ import numpy as np
 from fused_adam import _checks
 from fused_adam._arrays import Array, order, ravel
 from fused_adam._codegen import Rule
-from fused_adam._layout import FlatBuffer, leaves, match
+from fused_adam._layout import FlatBuffer, leaves, match, rebuild
 from fused_adam._part import Part
 from fused_adam.backends import DeferredInterrupt, Gradients, Loose, check_name, choose, load
 
