@@ -4,7 +4,8 @@
 // otherwise. No option may change a bit of a step, so f32 and f64 are one-member structs whose operators are the PTX
 // instructions themselves: rounded to nearest, never contracted, subnormals kept. The host build, which the tests hold
 // against NumPy, uses plain operators under -ffp-contract=off.
-#pragma once
+#ifndef FUSED_ADAM_STEP_CUH
+#define FUSED_ADAM_STEP_CUH
 
 #if !defined(__CUDACC__)
 #include <cmath>
@@ -79,3 +80,5 @@ __device__ __forceinline__ T sign(T a) {
     const T zero = {0};
     return a > zero ? T{1} : zero > a ? T{-1} : zero;
 }
+
+#endif
