@@ -22,6 +22,8 @@ _MODULES = {"numba": "fused_adam.backends.numba_cpu", "numpy": "fused_adam.backe
 _WORTH_NUMBA = 2**15
 # What "auto" means instead of choosing; read once, so that a step need not ask the environment.
 OVERRIDE = os.environ.get("FUSED_ADAM_BACKEND", "")
+# The process that imported this: a backend that is loaded in another one was loaded after a fork.
+PID = os.getpid()
 
 
 def reason(name: str) -> str:

@@ -24,7 +24,7 @@ from fused_adam import _checks, _coefficients
 from fused_adam._arrays import Array, address
 from fused_adam._codegen import Rule
 from fused_adam._layout import FlatBuffer
-from fused_adam.backends import DeferredInterrupt, Gradients, Loose, Rows
+from fused_adam.backends import PID, DeferredInterrupt, Gradients, Loose, Rows
 from fused_adam.backends._numba_kernels import OPTIONS, kernel
 
 CHUNK = 2**16  # elements a thread takes at a time
@@ -99,7 +99,7 @@ def _parallel_loop(rows: Any, first: Any, kernels: Any, coefficients: Any, t: An
 
 _pool = threading.Lock()  # held by the one thread that may use Numba's thread pool
 _parallel: Any = None  # _parallel_loop, once compiled
-_forked = False
+_forked = os.getpid() != PID  # by a parent whose own Numba code may have started the pool
 
 
 def _after_fork() -> None:

@@ -64,9 +64,7 @@ def _calls(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states
     """
     f, rows = kernel(rule)
     arrays = (p, g, *states)
-    misaligned = [k for k, a in enumerate(arrays) if not a.flags.aligned]
-    everything = range(len(arrays))
-    *scratch, mask = _scratch(rows + len(everything if p.size % CHUNK == 1 else misaligned), p.dtype)
+    *scratch, mask = _scratch(rows + len(arrays), p.dtype)
     scalars = [np.array(x, p.dtype) for x in coefficients]
     zero = np.zeros((), p.dtype)
     calls: list[_Call] = []
@@ -74,15 +72,17 @@ def _calls(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states
         n = min(CHUNK, p.size - lo)
         width = max(n, 2)
         chunk = [a[lo : lo + n] for a in arrays]
-        after: list[_Call] = []
-        for k, row in zip(everything if n == 1 else misaligned, scratch[rows:], strict=False):
+        write_back: list[_Call] = []
+        for k, row in enumerate(scratch[rows:]):
+            if n > 1 and chunk[k].flags.aligned:
+                continue
             outside, inside = chunk[k].view(np.uint8), row[:n].view(np.uint8)
             calls.append((np.copyto, [inside, outside]))
             if k != 1:  # g is only read
-                after.append((np.copyto, [outside, inside]))
+                write_back.append((np.copyto, [outside, inside]))
             chunk[k] = row[:width]
         calls.append((f, [*chunk, *scalars, *(r[:width] for r in scratch[:rows]), mask[:width], zero]))
-        calls += after
+        calls += write_back
     return calls
 
 
