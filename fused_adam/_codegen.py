@@ -29,7 +29,7 @@ OPERATORS: dict[type[ast.operator], str] = {
 # Names that mean something else in the printed C++ or in a NumPy kernel.
 _RESERVED = frozenset(
     """
-    T add subtract multiply divide equal fmax fmin copyto putmask range alignas alignof and_eq asm auto bitand
+    T add subtract multiply divide equal greater less copyto putmask range alignas alignof and_eq asm auto bitand
     bitor bool case catch char char8_t char16_t char32_t co_await co_return co_yield compl concept const
     const_cast consteval constexpr constinit decltype default delete do double dynamic_cast enum explicit
     export extern false float friend goto inline int long mutable namespace new noexcept not_eq nullptr
@@ -288,13 +288,14 @@ class _Lowering:
     # copyto with where= and any reduction allocate, which could fail in mid-step: plain ufuncs and putmask do not.
 
     def _sign(self, operand: str, out: str | None) -> str:
-        """NumPy's sign(NaN) is NaN, ours is 0: fmax and fmin take the zero."""
+        """As in Numba, (x > 0) - (x < 0): NumPy's own sign(NaN) is NaN where ours is 0, and it is slower."""
         positive, result = self._row(), out if out is not None and out != operand else self._row()
         self.lines += [
-            f"fmax({operand}, _zero, {positive})",
-            f"fmin({operand}, _zero, {result})",
-            f"add({positive}, {result}, {result})",
-            f"sign({result}, {out or result})",
+            f"greater({operand}, _zero, _mask)",
+            f"copyto({positive}, _mask)",
+            f"less({operand}, _zero, _mask)",
+            f"copyto({result}, _mask)",
+            f"subtract({positive}, {result}, {out or result})",
         ]
         self._release(operand)
         self._release(positive)

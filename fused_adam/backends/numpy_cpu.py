@@ -26,8 +26,8 @@ def kernel(rule: Rule) -> tuple[Callable[..., None], int]:
     """The rule's compiled function and the number of scratch rows it takes."""
     if rule not in _kernels:
         text = numpy_kernel(rule)
-        names = ("add", "subtract", "multiply", "divide", "sqrt", "absolute", "sign", "maximum", "minimum")
-        scope = {n: getattr(np, n) for n in (*names, "equal", "fmax", "fmin", "copyto", "putmask")}
+        names = ("add", "subtract", "multiply", "divide", "sqrt", "absolute", "maximum", "minimum")
+        scope = {n: getattr(np, n) for n in (*names, "equal", "greater", "less", "copyto", "putmask")}
         exec(compile(text.source, f"<fused_adam numpy {rule.name}>", "exec"), scope)
         _kernels[rule] = scope["kernel"], text.rows
     return _kernels[rule]
