@@ -67,21 +67,21 @@ def _calls(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states
     *scratch, mask = _scratch(rows + len(arrays), p.dtype)
     scalars = [np.array(x, p.dtype) for x in coefficients]
     zero = np.zeros((), p.dtype)
+    misaligned = [k for k, a in enumerate(arrays) if not a.flags.aligned]
+    whole = [*scalars, *scratch[:rows], mask, zero]
     calls: list[_Call] = []
     for lo in range(0, p.size, CHUNK):
         n = min(CHUNK, p.size - lo)
-        width = max(n, 2)
         chunk = [a[lo : lo + n] for a in arrays]
         write_back: list[_Call] = []
-        for k, row in enumerate(scratch[rows:]):
-            if n > 1 and chunk[k].flags.aligned:
-                continue
-            outside, inside = chunk[k].view(np.uint8), row[:n].view(np.uint8)
+        for k in range(len(arrays)) if n == 1 else misaligned:
+            outside, inside = chunk[k].view(np.uint8), scratch[rows + k][:n].view(np.uint8)
             calls.append((np.copyto, [inside, outside]))
             if k != 1:  # g is only read
                 write_back.append((np.copyto, [outside, inside]))
-            chunk[k] = row[:width]
-        calls.append((f, [*chunk, *scalars, *(r[:width] for r in scratch[:rows]), mask[:width], zero]))
+            chunk[k] = scratch[rows + k][: max(n, 2)]
+        rest = whole if n == CHUNK else [*scalars, *(r[: max(n, 2)] for r in (*scratch[:rows], mask)), zero]
+        calls.append((f, chunk + rest))
         calls += write_back
     return calls
 
