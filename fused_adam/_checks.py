@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -192,6 +192,9 @@ def step_arrays(arrays: dict[str, Any]) -> list[Array]:
     """p, g, m, v (and max_v) of `adam_step`, as 1-D views. Raises TypeError or ValueError."""
     p = array("p", arrays["p"])
     for name, a in arrays.items():
+        # `carray` says C-contiguous, aligned and writable in one question
+        if type(a) is np.ndarray and a.dtype is p.dtype and a.shape == p.shape and a.flags.carray and p.flags.carray:
+            continue
         array(name, a)
         if a.shape != p.shape:
             raise ValueError(f"{name} has shape {a.shape} but p has {p.shape}")
@@ -202,12 +205,11 @@ def step_arrays(arrays: dict[str, Any]) -> list[Array]:
             raise ValueError(f"{name} is in {order(a)} order but p is in {order(p)} order; make them alike")
         if name != "g":
             _writable(name, a)
-    if p.size:
-        extents = sorted((address(a), name) for name, a in arrays.items())
-        for (start, first), (after, second) in pairwise(extents):
-            if after - start < p.nbytes:
-                raise ValueError(f"{first} and {second} share memory; pass arrays that do not overlap")
-    return [ravel(a) for a in arrays.values()]
+    views = {name: ravel(a) for name, a in arrays.items()}
+    for (first, x), (second, y) in combinations(views.items(), 2):
+        if np.may_share_memory(x, y):  # compares bounds, which is exact for contiguous arrays
+            raise ValueError(f"{first} and {second} share memory; pass arrays that do not overlap")
+    return list(views.values())
 
 
 def flatten(named: list[tuple[str, Any]], dtype: Any) -> np.dtype[Any]:

@@ -68,7 +68,7 @@ def _calls(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states
     scalars = [np.array(x, p.dtype) for x in coefficients]
     zero = np.zeros((), p.dtype)
     misaligned = [k for k, a in enumerate(arrays) if not a.flags.aligned]
-    whole = [*scalars, *scratch[:rows], mask, zero]
+    whole = [*scalars, *(r[:CHUNK] for r in (*scratch[:rows], mask)), zero]
     calls: list[_Call] = []
     for lo in range(0, p.size, CHUNK):
         n = min(CHUNK, p.size - lo)
