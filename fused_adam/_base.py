@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fused_adam import _checks
-from fused_adam._arrays import Array, order, ravel
+from fused_adam._arrays import Array, address, order, ravel
 from fused_adam._codegen import Rule
 from fused_adam._layout import FlatBuffer, leaves, match, rebuild
 from fused_adam._part import Part
@@ -97,13 +97,12 @@ class Optimizer(ABC):
         # What gradients are matched to: the caller's own lists and dicts may change.
         self._params = [group["params"] for group in groups]
         self._trees = [rebuild(params, lambda leaf: leaf) for params in self._params]
-        self._flat_ids = {id(part.flat) for part in self._parts if part.flat}
         self._t = np.zeros(1, np.int64)
         self._requested = backend
         parts = [part.rows() for part in self._parts]
         self.backend = choose(backend, sum(p.size for _, p in everything))
-        writes = _checks.Extents([a for part in parts for row in part.rows for a in row])
-        self._stepper = load(self.backend).Stepper(parts, self._t, writes)
+        self._writes = _checks.Extents([a for part in parts for row in part.rows for a in row])
+        self._stepper = load(self.backend).Stepper(parts, self._t, self._writes)
         logging.getLogger("fused_adam").info("%s runs on the %s backend", type(self).__name__, self.backend)
 
     def _split(self, group: int, params: Any, named: list[tuple[str, Any]], path: str) -> list[tuple[int, int]]:
@@ -137,7 +136,8 @@ class Optimizer(ABC):
 
         Args:
             grads: arrays in the structure of the parameters (with groups: a list with one entry for each), of their
-                shapes and dtypes, or a FlatBuffer. Never written; must not overlap what the step writes.
+                shapes and dtypes, or a FlatBuffer. Never written; must not overlap what the step writes. One for each
+                parameter: to freeze a parameter, leave it out of params (zeros would still decay it).
 
         Raises:
             ValueError, TypeError: a gradient or hyperparameter is wrong. Nothing is changed then.
@@ -170,7 +170,7 @@ class Optimizer(ABC):
             for name, g in zip(part.names, gs, strict=True):
                 if g is _MISSING:
                     raise ValueError(
-                        f"the gradient of {name.replace('grads', 'params', 1)} is missing; pass zeros for none"
+                        f"the gradient of {name.replace('grads', 'params', 1)} is missing; pass one for each"
                     )
         loose = zip(self._parts, gradients, strict=True)
         self._run([Loose(part.names, gs, part.parameters) for part, gs in loose])
@@ -188,6 +188,9 @@ class Optimizer(ABC):
 
     def _updates(self, t: int) -> list[Update]:
         """One for each part. Raises when a changed hyperparameter asks for states that do not exist."""
+        if len(self.param_groups) != len(self._params):
+            counts = f"{len(self.param_groups)} groups but this optimizer was made with {len(self._params)}"
+            raise ValueError(f"param_groups has {counts}; make a new optimizer for that")
         by_group = [self._update(self._check(group), t) for group in self.param_groups]
         updates = [by_group[part.group] for part in self._parts]
         for part, update in zip(self._parts, updates, strict=True):
@@ -213,9 +216,13 @@ class Optimizer(ABC):
         if self.param_groups[part.group]["params"] is not self._params[part.group]:
             raise ValueError(f'param_groups[{part.group}]["params"] was replaced; make a new optimizer for that')
         if part.flat is not None and isinstance(grads, FlatBuffer):
-            if id(grads) in self._flat_ids:
+            if grads is part.last_gradient:  # its memory never changes, so what was found of it still holds
+                return grads
+            extent = np.array([address(grads.data)], np.int64), np.array([grads.data.nbytes], np.int64)
+            if self._writes.first_overlap(*extent) >= 0:
                 raise _checks.overlap(path)
-            if grads.layout is part.flat.layout or grads.layout == part.flat.layout:
+            if grads.layout == part.flat.layout:
+                part.last_gradient = grads
                 return grads
         matched = list(match(grads, self._trees[part.group], path))
         mine = [g for g, (k, _) in zip(matched, self._index[part.group], strict=True) if self._parts[k] is part]
@@ -233,7 +240,7 @@ class Optimizer(ABC):
         groups = []
         for group, index in zip(self.param_groups, self._index, strict=True):
             numbers = list(range(len(state), len(state) + len(index)))
-            groups.append({**{name: group[name] for name in self._names}, "params": numbers})
+            groups.append({**self._check(group), "params": numbers})
             state += [{name: view.copy(order="K") for name, view in views.items()} for views in self._views(index)]
         return {
             "format": _FORMAT,
@@ -259,7 +266,7 @@ class Optimizer(ABC):
             raise ValueError(f"state_dict has format {d['format']!r}; this version reads {_FORMAT}")
         if d["optimizer"] != type(self).__name__:
             raise ValueError(f"state_dict is of {d['optimizer']!r} but this is {type(self).__name__}")
-        t = _checks.step_number(d["t"], least=0)
+        t = _checks.step_number(d["t"], least=0, name='state_dict["t"]')
         for name, have in (("param_groups", len(self.param_groups)), ("state", sum(map(len, self._index)))):
             if not isinstance(d[name], list | tuple) or len(d[name]) != have:
                 raise ValueError(f'state_dict["{name}"] should be a list of {have}, got {_checks.kind(d[name])}')

@@ -71,12 +71,13 @@ def flag(name: str, x: Any) -> bool:
     return bool(x)
 
 
-def step_number(x: Any, least: int = 1) -> int:
+def step_number(x: Any, least: int = 1, name: str = "step") -> int:
     if isinstance(x, bool | np.bool_) or not isinstance(x, int | np.integer):
-        raise TypeError(f"step should be an int, got {x!r}")
+        raise TypeError(f"{name} should be an int, got {x!r}")
     if not least <= x <= MAX_STEP:
         given = x if abs(int(x)) < 2**64 else "a larger one"  # Python refuses to print very long integers
-        raise ValueError(f"step should be in [{least}, 2**63), got {given}; it is 1 on the first call")
+        hint = "; it is 1 on the first call" if least else ""
+        raise ValueError(f"{name} should be in [{least}, 2**63), got {given}{hint}")
     return int(x)
 
 
@@ -148,19 +149,19 @@ def parameters(named: list[tuple[str, Any]]) -> None:
 
 def gradient(name: str, g: Any, p: Array) -> Array:
     """A gradient as a 1-D array in the memory order of its parameter p (a copy only when the orders differ)."""
-    plain = type(g) is np.ndarray and g.shape == p.shape and g.dtype is p.dtype
+    plain = type(g) is np.ndarray and g.shape == p.shape and g.dtype == p.dtype
     if plain and g.flags.c_contiguous and p.flags.c_contiguous:  # quickly
         flat: Array = g.reshape(-1)
         return flat
     if isinstance(g, np.generic) and p.ndim == 0:  # what NumPy's reductions return
         g = np.asarray(g)
     if g is None:
-        raise TypeError(f"{name} is None; pass an array of zeros for a parameter without a gradient")
+        raise TypeError(f"{name} is None; pass an array, or leave the parameter out of params to freeze it")
     array(name, g)
     if g.shape != p.shape:
         raise ValueError(f"{name} has shape {g.shape} but the parameter has {p.shape}")
     if g.dtype != p.dtype:
-        raise ValueError(f"{name} has dtype {g.dtype} but the parameter has {p.dtype}")
+        raise ValueError(f"{name} has dtype {g.dtype} but the parameter has {p.dtype}; pass .astype({p.dtype.name!r})")
     _contiguous(name, g)
     if p.flags.c_contiguous:
         return ravel(g if g.flags.c_contiguous else np.ascontiguousarray(g))
@@ -193,7 +194,7 @@ def step_arrays(arrays: dict[str, Any]) -> list[Array]:
     p = array("p", arrays["p"])
     for name, a in arrays.items():
         # `carray` says C-contiguous, aligned and writable in one question
-        if type(a) is np.ndarray and a.dtype is p.dtype and a.shape == p.shape and a.flags.carray and p.flags.carray:
+        if type(a) is np.ndarray and a.dtype == p.dtype and a.shape == p.shape and a.flags.carray and p.flags.carray:
             continue
         array(name, a)
         if a.shape != p.shape:

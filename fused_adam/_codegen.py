@@ -79,6 +79,8 @@ def parse(f: Callable[..., Any]) -> Rule:
         raise ValueError(
             f"rule {name!r}: its source cannot be read; define it with def in a file or notebook"
         ) from error
+    if name in _RESERVED or name in INTRINSICS:
+        raise ValueError(f"a rule cannot be called {name!r}; choose another name")
     if not isinstance(definition, ast.FunctionDef):
         raise ValueError(f"rule {name!r}: write it with def, not as a lambda")
 

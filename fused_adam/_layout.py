@@ -136,11 +136,11 @@ class FlatBuffer:
             ``flat[key]`` is ``flat.tree[key]`` and ``flat[key] = a`` copies a into it.
     """
 
-    __slots__ = ("_tree", "addresses", "data", "layout", "runs", "views")
+    __slots__ = ("_data", "_tree", "addresses", "layout", "runs", "views")
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.data = data = zeros(layout.total, layout.dtype)
+        self._data = data = zeros(layout.total, layout.dtype)
         # What the backends step over: each array as a 1-D view, and the stretches between padding.
         self.views = [data[s.offset : s.offset + s.size] for s in layout.segments]
         self.runs = [data[start:end] for start, end in layout.runs]
@@ -148,8 +148,26 @@ class FlatBuffer:
         self._tree = _read_only(rebuild(layout.structure, lambda k: self.views[k].reshape(layout.segments[k].shape)))
 
     @property
+    def data(self) -> Array:
+        return self._data
+
+    @data.setter
+    def data(self, value: Array) -> None:
+        if value is not self._data:  # it is for ``flat.data *= 2``
+            raise AttributeError("data cannot be replaced, for the views would not follow; assign to data[...]")
+
+    @property
     def tree(self) -> Any:
         return self._tree
+
+    def __contains__(self, key: Any) -> bool:
+        return isinstance(self._tree, Mapping) and key in self._tree
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._tree)
+
+    def __len__(self) -> int:
+        return len(self._tree)
 
     def __getitem__(self, key: Any) -> Any:
         return self._tree[key]

@@ -22,9 +22,12 @@ class Part:
         self.names: list[str] = []
         self.parameters: list[Array] = []
         self.states: dict[str, FlatBuffer] = {}
+        self.last_gradient: FlatBuffer | None = None  # the one last found to fit and to overlap nothing
 
     def allocate(self, states: Iterable[tuple[str, float]]) -> None:
-        layout = self.flat.layout if self.flat else Layout.of([ravel(p) for p in self.parameters], self.dtype)
+        layout = (
+            self.flat.layout if self.flat is not None else Layout.of([ravel(p) for p in self.parameters], self.dtype)
+        )
         for name, value in states:
             self.states[name] = FlatBuffer(layout)
             if value:
@@ -34,7 +37,7 @@ class Part:
     def rows(self) -> Rows:
         states = self.states.values()
         rows = zip(map(ravel, self.parameters), *(s.views for s in states), strict=True)
-        runs = zip(self.flat.runs, *(s.runs for s in states), strict=True) if self.flat else ()
+        runs = zip(self.flat.runs, *(s.runs for s in states), strict=True) if self.flat is not None else ()
         shapes = [p.shape if order(p) == "C" else None for p in self.parameters]
         return Rows(self.dtype, shapes, list(rows), list(runs))
 

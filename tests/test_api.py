@@ -392,3 +392,29 @@ def test_import_is_light():
         assert loaded == "[]"
         times.append(float(seconds))
     assert min(times) < 0.030, times
+
+
+def test_a_flat_gradient_that_is_the_memory_of_another_group_is_refused(backend):
+    f, g = fused_adam.flatten([np.ones(200)]), fused_adam.flatten([np.ones(200)])
+    opt = fused_adam.SGD([{"params": [f[0]]}, {"params": g}], lr=0.5, backend=backend)
+    with pytest.raises(ValueError, match=r"grads\[1\] overlaps"):
+        opt.step([[np.ones(200)], f])
+    assert (f.data[:200] == 1).all()
+    assert opt.t == 0
+
+
+def test_the_data_of_a_flat_buffer_cannot_be_replaced():
+    flat = fused_adam.flatten({"a": np.ones(3)})
+    flat.data *= 2
+    assert (flat["a"] == 2).all()
+    assert "a" in flat
+    assert list(flat) == ["a"]
+    assert len(flat) == 1
+    with pytest.raises(AttributeError, match="cannot be replaced"):
+        flat.data = np.ones(128)
+
+
+def test_auto_falls_back_where_numba_cannot_run():
+    script = "import numpy as np, fused_adam; print(fused_adam.AdamW(np.ones(100_000)).backend)"
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "FUSED_ADAM_BACKEND": ""}
+    assert subprocess.check_output([sys.executable, "-c", script], text=True, env=environment) == "numpy\n"

@@ -211,7 +211,7 @@ STRUCTURES = [  # params, grads, message
     ([A, B], A, r"grads should be a list like the parameters"),
     ([A, B], (x for x in (A, B)), r"grads should be a list like the parameters, got a generator"),
     ([A, B], None, r"grads should be a list like the parameters, got None"),
-    ([A, B], [A, None], r"grads\[1\] is None; pass an array of zeros"),
+    ([A, B], [A, None], r"grads\[1\] is None; pass an array, or leave"),
     ([A, B], [B, A], r"grads\[0\] has shape \(2, 3\) but the parameter has \(4,\)"),
     ([A, B], [A, [B]], r"grads\[1\] should be one array like the parameter, got a (list|tuple)"),
     (A, [A], r"grads should be one array like the parameter, got a (list|tuple)"),

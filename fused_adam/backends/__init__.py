@@ -35,8 +35,10 @@ def reason(name: str) -> str:
             return "Numba is not installed; pip install 'fused-adam[cpu]'"
         try:
             importlib.import_module(_MODULES[name])
-        except ImportError as error:  # a Numba that does not support the installed NumPy or Python
+        except Exception as error:  # a Numba that does not fit the installed NumPy or Python, a broken llvmlite, ...
             return f"Numba cannot be imported: {error}; install versions that fit each other"
+        if sys.modules["numba"].config.DISABLE_JIT:
+            return "NUMBA_DISABLE_JIT is set; unset it"
     return ""
 
 

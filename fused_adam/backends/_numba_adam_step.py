@@ -109,12 +109,12 @@ def adam_step(
         beta1, beta2 = betas
         if not (
             type(t) is int
-            and type(lr) is type(beta1) is type(beta2) is type(eps) is type(weight_decay) is float
+            and all(isinstance(x, float) for x in (lr, beta1, beta2, eps, weight_decay))
             and type(decoupled) is type(maximize) is bool
             and type(p) is type(g) is type(m) is type(v) is np.ndarray
             and type(betas) is tuple
             # Numba's cache of types does not tell byte orders apart
-            and p.dtype is g.dtype is m.dtype is v.dtype
+            and p.dtype == g.dtype == m.dtype == v.dtype
             and p.dtype.isnative
         ):
             return False

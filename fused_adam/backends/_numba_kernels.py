@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ from fused_adam._codegen import Rule, numba_source
 
 # IEEE division vectorises; fastmath stays off: it changes bits.
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "cache": True}
+
+
+def cached(compile_with: Callable[..., Any]) -> Any:
+    """compile_with(**options), without the disk cache where none is to be had: a rule typed in, a read-only system."""
+    try:
+        return compile_with(**OPTIONS)
+    except (RuntimeError, ImportError) as error:
+        if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
+            raise
+        return compile_with(**{**OPTIONS, "cache": False})
 
 
 @intrinsic
@@ -90,12 +101,7 @@ def _compile(rule: Rule, dtype: np.dtype[Any]) -> Any:
     function = scope["kernel"]
     digest = hashlib.sha256(f"{source}{dtype}{_HASH}".encode()).hexdigest()[:12]
     function.__name__ = function.__qualname__ = f"{rule.name}_{dtype}_{digest}"
-    try:
-        return numba.cfunc(_SIGNATURE, **OPTIONS)(function)
-    except RuntimeError as error:
-        if "cannot cache" not in str(error):
-            raise
-        return numba.cfunc(_SIGNATURE, **{**OPTIONS, "cache": False})(function)  # a rule typed into a session
+    return cached(lambda **options: numba.cfunc(_SIGNATURE, **options)(function))
 
 
 def _after_fork() -> None:
@@ -103,4 +109,5 @@ def _after_fork() -> None:
     _compiling = threading.Lock()  # another thread of the parent may have held it
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

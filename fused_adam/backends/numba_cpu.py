@@ -25,7 +25,7 @@ from fused_adam._arrays import Array, address
 from fused_adam._codegen import Rule
 from fused_adam._layout import FlatBuffer
 from fused_adam.backends import PID, DeferredInterrupt, Gradients, Loose, Rows
-from fused_adam.backends._numba_kernels import OPTIONS, kernel
+from fused_adam.backends._numba_kernels import cached, kernel
 
 CHUNK = 2**16  # elements a thread takes at a time
 SERIAL_BELOW = 2**18  # elements; below, waking the threads costs more than they save
@@ -52,8 +52,8 @@ def _call(typingctx: Any, kernel: Any, row: Any, lo: Any, n: Any, coefficients: 
     return types.void(kernel, row, types.int64, types.int64, coefficients), codegen
 
 
-_SOURCES = [__file__, _coefficients.__file__, _checks.__file__]
-_HASH = hashlib.sha256(b"".join(Path(f).read_bytes() for f in _SOURCES)).hexdigest()[:12]
+_SOURCES = [*sorted(Path(__file__).parent.glob("*.py")), Path(_coefficients.__file__), Path(_checks.__file__)]
+_HASH = hashlib.sha256(b"".join(f.read_bytes() for f in _SOURCES)).hexdigest()[:12]
 
 
 def jit(signatures: list[Any], **options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -61,7 +61,7 @@ def jit(signatures: list[Any], **options: Any) -> Callable[[Callable[..., Any]],
 
     def decorate(f: Callable[..., Any]) -> Any:
         f.__qualname__ += f"_{_HASH}"  # the disk cache looks at f's own file only, not at what is compiled into it
-        return numba.njit(signatures, **OPTIONS, **options)(f)
+        return cached(lambda **cache: numba.njit(signatures, **cache, **options)(f))
 
     return decorate
 
@@ -108,7 +108,8 @@ def _after_fork() -> None:
     _forked = True
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _start_pool() -> None:
@@ -193,6 +194,12 @@ class Stepper:
         self._coefficients = np.zeros((len(parts), 1))
 
     def prepare(self, rules: Sequence[Rule]) -> None:
+        self._use(rules)
+        if self._n >= SERIAL_BELOW and not _forked:
+            with DeferredInterrupt(), _pool:
+                _threads()
+
+    def _use(self, rules: Sequence[Rule]) -> None:
         kernels = [kernel(rule, part.dtype) for rule, part in zip(rules, self._parts, strict=True)]
         coefficients = np.zeros((len(rules), max(1, *(len(rule.coefficients) for rule in rules))))
         # all or nothing: kernels of other rules than self._rules would run unnoticed
@@ -203,7 +210,7 @@ class Stepper:
     ) -> None:
         """Step number t, with a rule, its coefficients and its gradients for each part."""
         if self._rules != rules:
-            self.prepare(rules)
+            self._use(rules)
         for k, values in enumerate(coefficients):
             self._coefficients[k, : len(values)] = values
         alive = []  # copies that must outlive the launch
@@ -220,12 +227,14 @@ class Stepper:
         copies = []
         itemsize = part.dtype.itemsize
         for k, (g, shape) in enumerate(zip(given.arrays, part.shapes, strict=True)):
-            try:  # the compiled call refuses what is not plain; Python then explains or makes it so
-                plain = type(g) is np.ndarray and g.shape == shape and g.dtype is part.dtype  # see adam_step
-                if plain and _address(column, k, itemsize, g):
-                    continue
-            except TypeError:
-                pass
+            # What is not plain goes to Python, which explains or makes it so. dtypes too: Numba's cache of types does
+            # not tell byte orders apart.
+            if type(g) is np.ndarray and g.shape == shape and g.dtype == part.dtype and g.flags.c_contiguous:
+                try:
+                    if _address(column, k, itemsize, g if 1 <= g.ndim <= 2 else g.reshape(-1)):
+                        continue
+                except TypeError:  # misaligned
+                    pass
             checked = _checks.gradient(given.names[k], g, given.parameters[k])
             column[k] = address(checked)
             copies.append(checked)

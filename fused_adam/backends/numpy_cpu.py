@@ -119,7 +119,7 @@ class Stepper:
 
     def prepare(self, rules: Sequence[Rule]) -> None:
         for part, rule in zip(self._parts, rules, strict=True):
-            _scratch(kernel(rule)[1], part.dtype)
+            _scratch(kernel(rule)[1] + 2 + len(rule.states), part.dtype)
 
     def step(
         self, t: int, rules: Sequence[Rule], coefficients: Sequence[Sequence[float]], gradients: Sequence[Gradients]
