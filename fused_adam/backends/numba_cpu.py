@@ -121,7 +121,7 @@ def _start_pool() -> None:
     global _parallel
     bounded = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
     if bounded:
-        os.environ["GOMP_SPINCOUNT"] = "3000"
+        os.environ["GOMP_SPINCOUNT"] = "20000"  # long enough to last from one step to the next
     try:
         _parallel = jit(_STEP, nogil=True, parallel=True)(_parallel_loop)
     finally:
