@@ -49,7 +49,7 @@ class Assignment:
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: `bind` gives one object for one rule
 class Rule:
-    """A rule, or a prelude followed by a rule, taken apart. outputs: the returned names, in order."""
+    """A rule, or preludes followed by a rule, taken apart. outputs: the returned names, in order."""
 
     name: str
     doc: str
@@ -57,6 +57,13 @@ class Rule:
     arguments: tuple[str, ...]
     outputs: tuple[str, ...]
     assignments: tuple[Assignment, ...]
+    preludes: tuple[Rule, ...] = ()
+    base: Rule | None = None  # the rule behind the preludes
+
+    @property
+    def parts(self) -> tuple[Rule, ...]:
+        """The functions of rules.cuh that make it up, in order."""
+        return (*self.preludes, self.base or self)
 
     @cached_property
     def states(self) -> tuple[str, ...]:
@@ -170,6 +177,8 @@ def bind(name: str, preludes: tuple[str, ...] = ()) -> Rule:
             arguments=rule.arguments + prelude.coefficients,
             outputs=rule.outputs,
             assignments=prelude.assignments + rule.assignments,
+            preludes=(prelude, *rule.preludes),
+            base=rule.base or rule,
         )
     return rule
 

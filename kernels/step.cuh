@@ -63,6 +63,57 @@ FUSED_ADAM_NUMBER(f64, double, "f64", "d")
 #undef FUSED_ADAM_UNARY
 #undef FUSED_ADAM_COMPARE
 
+// Accesses of global memory; a pointer that comes out of a table would otherwise be taken for one of any memory. What
+// is read or written `once` is not needed before the next step: its cache lines are the first to go (.cs).
+#if defined(__CUDA_ARCH__)
+#define FUSED_ADAM_ACCESS(suffix, hint)                                                                                \
+    __device__ __forceinline__ float load##suffix(const float* a) {                                                    \
+        float x;                                                                                                       \
+        asm volatile("ld.global" hint ".f32 %0, [%1];" : "=f"(x) : "l"(a) : "memory");                                 \
+        return x;                                                                                                      \
+    }                                                                                                                  \
+    __device__ __forceinline__ double load##suffix(const double* a) {                                                  \
+        double x;                                                                                                      \
+        asm volatile("ld.global" hint ".f64 %0, [%1];" : "=d"(x) : "l"(a) : "memory");                                 \
+        return x;                                                                                                      \
+    }                                                                                                                  \
+    __device__ __forceinline__ float4 load##suffix(const float4* a) {                                                  \
+        float4 v;                                                                                                      \
+        asm volatile("ld.global" hint ".v4.f32 {%0, %1, %2, %3}, [%4];"                                                \
+                     : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(a) : "memory");                                \
+        return v;                                                                                                      \
+    }                                                                                                                  \
+    __device__ __forceinline__ double2 load##suffix(const double2* a) {                                                \
+        double2 v;                                                                                                     \
+        asm volatile("ld.global" hint ".v2.f64 {%0, %1}, [%2];" : "=d"(v.x), "=d"(v.y) : "l"(a) : "memory");           \
+        return v;                                                                                                      \
+    }                                                                                                                  \
+    __device__ __forceinline__ void store##suffix(float* a, float x) {                                                 \
+        asm volatile("st.global" hint ".f32 [%0], %1;" ::"l"(a), "f"(x) : "memory");                                   \
+    }                                                                                                                  \
+    __device__ __forceinline__ void store##suffix(double* a, double x) {                                               \
+        asm volatile("st.global" hint ".f64 [%0], %1;" ::"l"(a), "d"(x) : "memory");                                   \
+    }                                                                                                                  \
+    __device__ __forceinline__ void store##suffix(float4* a, float4 v) {                                               \
+        asm volatile("st.global" hint ".v4.f32 [%0], {%1, %2, %3, %4};"                                                \
+                     ::"l"(a), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");                                     \
+    }                                                                                                                  \
+    __device__ __forceinline__ void store##suffix(double2* a, double2 v) {                                             \
+        asm volatile("st.global" hint ".v2.f64 [%0], {%1, %2};" ::"l"(a), "d"(v.x), "d"(v.y) : "memory");              \
+    }
+#else
+#define FUSED_ADAM_ACCESS(suffix, hint)                                                                                \
+    template <class Access>                                                                                            \
+    __device__ __forceinline__ Access load##suffix(const Access* a) { return *a; }                                     \
+    template <class Access>                                                                                            \
+    __device__ __forceinline__ void store##suffix(Access* a, Access x) { *a = x; }
+#endif
+
+FUSED_ADAM_ACCESS(, "")
+FUSED_ADAM_ACCESS(_once, ".cs")
+
+#undef FUSED_ADAM_ACCESS
+
 // NaN from either side survives; of two equal numbers, such as -0 and +0, the second.
 template <class T>
 __device__ __forceinline__ T maximum(T a, T b) {
