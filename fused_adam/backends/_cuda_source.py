@@ -58,7 +58,12 @@ def source(rule: Rule, dtype: np.dtype[Any]) -> Source:
     where = {"p": "p", "g": "g"}
     where |= {n: f"states[{k}]" for k, n in enumerate(rule.states)}
     where |= {n: f"c[{k}]" for k, n in enumerate(rule.coefficients)}
-    calls = [f"    {part.name}({', '.join(where[n] for n in part.arguments)});" for part in rule.parts]
+    built_in = rule.file == _rules.__file__
+    rules = (
+        _text("rules.cuh") if built_in else f"namespace own {{  // may be called like anything here\n{cuda(rule)}}}\n"
+    )
+    scope = "" if built_in else "own::"
+    calls = [f"    {scope}{part.name}({', '.join(where[n] for n in part.arguments)});" for part in rule.parts]
     glue = [
         f"typedef {number} Number;",
         f"typedef {compute} T;",
@@ -72,6 +77,5 @@ def source(rule: Rule, dtype: np.dtype[Any]) -> Source:
     ]
     sizes = f"sizeof(Segment) == {segment.itemsize} && sizeof(Arguments) == {arguments.itemsize}"
     asserted = f'static_assert({sizes}, "the host lays the arguments out differently");\n'
-    rules = _text("rules.cuh") if rule.file == _rules.__file__ else cuda(rule)
     text = "\n".join([_text("step.cuh"), rules, *glue, _text("step.cu"), asserted])
     return Source(text, name, segment, arguments, groups)
