@@ -19,7 +19,10 @@ _NUMBERS = {np.dtype(np.float32): ("float", "f32"), np.dtype(np.float64): ("doub
 
 
 class Source(NamedTuple):
-    """text: of the translation unit. name: of its kernel. segment, arguments: NumPy's form of the structs of step.cu."""
+    """text: of the translation unit. name: of its kernel. segment, arguments: the structs of step.cu as NumPy types.
+
+    groups: how many groups' coefficients the arguments hold.
+    """
 
     text: str
     name: str
