@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -11,30 +13,60 @@ Array = np.ndarray[Any, np.dtype[Any]]
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 # Parameters start on multiples of this many elements in a flat buffer: blocks, norms and shards never straddle two.
 BLOCK = 128
-_ALIGNMENT = 128  # bytes: two cache lines, and more than any vector load asks for
 
 
-def address(a: Array) -> int:
+@dataclass(frozen=True, slots=True)
+class CudaArray:
+    """Memory on a GPU, whatever library it came from.
+
+    order: as `order` says it. device: its number; -1 if it has no elements, and so lies nowhere. stream: the one whose
+    work has to be waited for before the memory may be used, as the array protocol numbers streams, or None. owner: what
+    keeps the memory.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    order: str
+    writable: bool
+    device: int
+    stream: int | None
+    owner: Any
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+AnyArray = Array | CudaArray  # what parameters, gradients and states are once they are checked
+
+
+def address(a: AnyArray) -> int:
     """The address of the first element."""
+    if isinstance(a, CudaArray):
+        return a.address
     # not __array_interface__, which a subclass may override and NumPy lets crash where memory runs out
     return int(np.asarray(a).ctypes.data)
 
 
-def order(a: Array) -> str:
+def order(a: AnyArray) -> str:
     """How the elements follow each other in memory: "C", "F" (Fortran) or "" for neither."""
+    if isinstance(a, CudaArray):
+        return a.order
     flags = a.flags
     return "C" if flags.c_contiguous else "F" if flags.f_contiguous else ""
 
 
-def ravel(a: Array) -> Array:
+def ravel(a: Any) -> Any:
     """A contiguous array's elements in memory order: a 1-D view, never a copy, of no subclass (a matrix stays 2-D)."""
-    flat: Array = np.asarray(a).reshape(-1, order="C" if a.flags.c_contiguous else "F")
-    return flat
-
-
-def zeros(n: int, dtype: np.dtype[Any]) -> Array:
-    """n zeros, aligned for vector access."""
-    nbytes = n * dtype.itemsize
-    raw = np.zeros(nbytes + _ALIGNMENT, np.uint8)
-    start = -address(raw) % _ALIGNMENT
-    return raw[start : start + nbytes].view(dtype)
+    if isinstance(a, CudaArray):
+        return replace(a, shape=(a.size,), order="C")
+    return np.asarray(a).reshape(-1, order="C" if a.flags.c_contiguous else "F")

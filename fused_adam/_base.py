@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fused_adam import _checks
-from fused_adam._arrays import Array, address, order, ravel
+from fused_adam import _checks, _memory
+from fused_adam._arrays import AnyArray, Array, order, ravel
 from fused_adam._codegen import Rule
+from fused_adam._cuda_arrays import never_moves
 from fused_adam._layout import FlatBuffer, leaves, match, rebuild
 from fused_adam._part import Part
-from fused_adam.backends import DeferredInterrupt, Gradients, Loose, check_name, choose, load
+from fused_adam.backends import LIBRARY, DeferredInterrupt, Gradients, Loose, check_name, choose, load
 
 _FORMAT = 1  # of state dicts
 
@@ -79,20 +80,25 @@ class Optimizer(ABC):
         checked = [self._check(group) for group in groups]
         self._parts: list[Part] = []
         self._index: list[list[tuple[int, int]]] = []  # for each group's leaves: (part, position in it)
-        everything: list[tuple[str, Any]] = []
+        named: list[tuple[int, str, Any]] = []
         for k, group in enumerate(groups):
             path = "params" if self._one_group else f'params[{k}]["params"]'
-            named = list(leaves(group["params"], path))
-            _checks.parameters(named)
-            everything += named
-            self._index.append(self._split(k, group["params"], named, path))
-        _checks.parameters(everything)
+            mine = [(k, name, p) for name, p in leaves(group["params"], path)]
+            if not mine:
+                raise ValueError(f"{path} is empty; pass at least one array")
+            named += mine
+        arrays = _checks.parameters([(name, p) for _, name, p in named])
+        self._split(groups, named, arrays)
 
+        device = next((d for d in map(_checks.device, arrays) if d != -1), -1)
+        self.backend = choose(backend, sum(p.size for p in arrays), device)
+        self._device = device
+        memory = _memory.of_library(LIBRARY[self.backend], device)
         for part in self._parts:
             group = checked[part.group]
             states = [(name, self._initial(group, name)) for name in self._update(group, 1).rule.states]
             _checks.coefficients([(f"initial {name}", x) for name, x in states], part.dtype)
-            part.allocate(states)
+            part.allocate(states, memory)
         self.param_groups = groups
         # What gradients are matched to: the caller's own lists and dicts may change.
         self._params = [group["params"] for group in groups]
@@ -100,26 +106,33 @@ class Optimizer(ABC):
         self._t = np.zeros(1, np.int64)
         self._requested = backend
         parts = [part.rows() for part in self._parts]
-        self.backend = choose(backend, sum(p.size for _, p in everything))
         self._writes = _checks.Extents([a for part in parts for row in part.rows for a in row])
         self._stepper = load(self.backend).Stepper(parts, self._t, self._writes)
         logging.getLogger("fused_adam").info("%s runs on the %s backend", type(self).__name__, self.backend)
 
-    def _split(self, group: int, params: Any, named: list[tuple[str, Any]], path: str) -> list[tuple[int, int]]:
-        """Put a group's parameters into parts of one dtype each."""
-        flat = params if isinstance(params, FlatBuffer) else None
-        gradient_path = "grads" if self._one_group else f"grads[{group}]"
-        parts: dict[Any, int] = {}
-        index = []
-        for name, p in named:
-            if p.dtype not in parts:
-                parts[p.dtype] = len(self._parts)
+    def _split(
+        self, groups: list[dict[str, Any]], named: list[tuple[int, str, Any]], arrays: Sequence[AnyArray]
+    ) -> None:
+        """Put each group's parameters into parts of one dtype each."""
+        parts: dict[tuple[int, Any], int] = {}
+        self._index = [[] for _ in groups]
+        for (group, name, given), p in zip(named, arrays, strict=True):
+            if (group, p.dtype) not in parts:
+                parts[group, p.dtype] = len(self._parts)
+                params = groups[group]["params"]
+                flat = params if isinstance(params, FlatBuffer) else None
                 self._parts.append(Part(group, flat, p.dtype))
-            part = self._parts[parts[p.dtype]]
-            index.append((parts[p.dtype], len(part.parameters)))
-            part.names.append(gradient_path + name[len(path) :])
+            k = parts[group, p.dtype]
+            part = self._parts[k]
+            self._index[group].append((k, len(part.parameters)))
+            path = "params" if self._one_group else f'params[{group}]["params"]'
+            part.names.append(self._path(group) + name[len(path) :])
+            part.given.append(given)
             part.parameters.append(p)
-        return index
+
+    def _path(self, group: int) -> str:
+        """What a message calls a group's gradients."""
+        return "grads" if self._one_group else f"grads[{group}]"
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -131,20 +144,23 @@ class Optimizer(ABC):
         """Compile and allocate now what the first step would."""
         self._stepper.prepare([u.rule for u in self._updates(self.t + 1)])
 
-    def step(self, grads: Any) -> None:
+    def step(self, grads: Any, *, stream: Any = None) -> None:
         """Update all parameters and states in place.
 
         Args:
             grads: arrays in the structure of the parameters (with groups: a list with one entry for each), of their
-                shapes and dtypes, or a FlatBuffer. Never written; must not overlap what the step writes. One for each
-                parameter: to freeze a parameter, leave it out of params (zeros would still decay it).
+                shapes and dtypes and where they are, or a FlatBuffer. Never written; must not overlap what the step
+                writes. One for each parameter: to freeze a parameter, leave it out of params (zeros would still decay
+                it).
+            stream: for parameters on a GPU, the CUDA stream to launch on: a stream of CuPy, Numba or PyTorch, or its
+                address as an int. By default CuPy's current stream (Numba's default stream without CuPy).
 
         Raises:
             ValueError, TypeError: a gradient or hyperparameter is wrong. Nothing is changed then.
         """
         groups = self._group_gradients(grads)
         gradients = [self._part_gradients(part, groups) for part in self._parts]
-        self._run(gradients)
+        self._run(gradients, stream)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> None:
         """The step in TensorFlow's form: (gradient, parameter) pairs in any order, each parameter exactly once.
@@ -152,7 +168,7 @@ class Optimizer(ABC):
         Raises:
             ValueError, TypeError: as `step`; an array is not a parameter of this optimizer, or comes twice or never.
         """
-        positions = {id(p): (k, j) for k, part in enumerate(self._parts) for j, p in enumerate(part.parameters)}
+        positions = {id(p): (k, j) for k, part in enumerate(self._parts) for j, p in enumerate(part.given)}
         gradients: list[list[Any]] = [[_MISSING] * len(part.parameters) for part in self._parts]
         for n, pair in enumerate(grads_and_vars):
             if not isinstance(pair, tuple | list) or len(pair) != 2:
@@ -175,7 +191,9 @@ class Optimizer(ABC):
         loose = zip(self._parts, gradients, strict=True)
         self._run([Loose(part.names, gs, part.parameters) for part, gs in loose])
 
-    def _run(self, gradients: Sequence[Gradients]) -> None:
+    def _run(self, gradients: Sequence[Gradients], stream: Any = None) -> None:
+        if stream is not None and self._device is None:
+            raise ValueError("stream is for parameters on a GPU; these are in host memory")
         t = self.t + 1
         if t > _checks.MAX_STEP:
             raise ValueError("the step count has reached 2**63 - 1")
@@ -184,7 +202,10 @@ class Optimizer(ABC):
         values = [[u.coefficients[n] for n in u.rule.coefficients] for u in updates]
         for part, rule, xs in zip(self._parts, rules, values, strict=True):
             _checks.coefficients(zip(rule.coefficients, xs, strict=True), part.dtype)
-        self._stepper.step(t, rules, values, gradients)
+        if stream is None:
+            self._stepper.step(t, rules, values, gradients)
+        else:
+            self._stepper.step(t, rules, values, gradients, stream)
 
     def _updates(self, t: int) -> list[Update]:
         """One for each part. Raises when a changed hyperparameter asks for states that do not exist."""
@@ -211,14 +232,18 @@ class Optimizer(ABC):
         return grads
 
     def _part_gradients(self, part: Part, groups: Sequence[Any]) -> Gradients:
-        grads = groups[part.group]
-        path = "grads" if self._one_group else f"grads[{part.group}]"
+        grads, last = groups[part.group], part.last_gradient
+        path = self._path(part.group)
         if self.param_groups[part.group]["params"] is not self._params[part.group]:
             raise ValueError(f'param_groups[{part.group}]["params"] was replaced; make a new optimizer for that')
+        if last is not None:
+            if grads is last or (type(grads) is list and type(last) is Loose and last.is_of(grads)):
+                return last  # their memory never moves, so what was found of them still holds
+            part.remembers = part.remembers and type(last) is not Loose
+            part.last_gradient = None
         if part.flat is not None and isinstance(grads, FlatBuffer):
-            if grads is part.last_gradient:  # its memory never changes, so what was found of it still holds
-                return grads
-            extent = np.array([address(grads.data)], np.int64), np.array([grads.data.nbytes], np.int64)
+            _checks.same_place(path, grads.memory.device, "its parameter", self._device)
+            extent = np.array([grads.address], np.int64), np.array([grads.data.nbytes], np.int64)
             if self._writes.first_overlap(*extent) >= 0:
                 raise _checks.overlap(path)
             if grads.layout == part.flat.layout:
@@ -226,7 +251,10 @@ class Optimizer(ABC):
                 return grads
         matched = list(match(grads, self._trees[part.group], path))
         mine = [g for g, (k, _) in zip(matched, self._index[part.group], strict=True) if self._parts[k] is part]
-        return Loose(part.names, mine, part.parameters)
+        loose = Loose(part.names, mine, part.parameters)
+        if part.remembers and type(grads) is list and all(map(never_moves, grads)):
+            part.last_gradient = loose = loose._replace(given=grads.copy())
+        return loose
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -234,14 +262,15 @@ class Optimizer(ABC):
         """Everything a later run needs to continue bit for bit, as plain dicts of numbers and array copies.
 
         Keys: "format", "optimizer", "t", "param_groups" (hyperparameters, "params" as indices) and "state": for each
-        parameter in order a dict of arrays in its shape.
+        parameter in order a dict of NumPy arrays in its shape, wherever the parameter is.
         """
         state: list[dict[str, Array]] = []
         groups = []
         for group, index in zip(self.param_groups, self._index, strict=True):
             numbers = list(range(len(state), len(state) + len(index)))
             groups.append({**self._check(group), "params": numbers})
-            state += [{name: view.copy(order="K") for name, view in views.items()} for views in self._views(index)]
+            parts = [(self._parts[k], j) for k, j in index]
+            state += [{name: part.state(name, j) for name in part.states} for part, j in parts]
         return {
             "format": _FORMAT,
             "optimizer": type(self).__name__,
@@ -250,12 +279,8 @@ class Optimizer(ABC):
             "state": state,
         }
 
-    def _views(self, index: list[tuple[int, int]]) -> list[dict[str, Array]]:
-        by_part = {k: {n: self._parts[k].state_views(n) for n in self._parts[k].states} for k, _ in index}
-        return [{name: views[j] for name, views in by_part[k].items()} for k, j in index]
-
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`: states, t and hyperparameters.
+        """Continue from a `state_dict`: states (in host memory or on a GPU), t and hyperparameters.
 
         Raises:
             ValueError, TypeError: it does not fit this optimizer and its parameters. Nothing is changed then.
@@ -282,16 +307,18 @@ class Optimizer(ABC):
                 raise ValueError(f'{path}["params"] should be {numbers}, got {given["params"]!r}')
             hyperparameters.append(self._check(given))
             wanted = self._update(hyperparameters[-1], 1).rule.states
-            for views in self._views(index):
-                if tuple(views) != wanted:
-                    raise ValueError(f"{path} asks for states {wanted} but this optimizer has {tuple(views)}")
+            for part, j in ((self._parts[k], j) for k, j in index):
+                if tuple(part.states) != wanted:
+                    raise ValueError(f"{path} asks for states {wanted} but this optimizer has {tuple(part.states)}")
                 name = f'state_dict["state"][{number}]'
-                _checks.same_keys(name, d["state"][number], views)
-                for key, view in views.items():
-                    _checks.state(f'{name}["{key}"]', d["state"][number][key], view.shape, view.dtype)
+                _checks.same_keys(name, d["state"][number], part.states)
+                for key, buffer in part.states.items():
+                    source = d["state"][number][key]
+                    p = part.parameters[j]
+                    _checks.state(f'{name}["{key}"]', source, p.shape, part.dtype)
                     # 1-D and of one layout, so that nothing allocates, and so nothing fails, once the writing begins
-                    source = np.array(d["state"][number][key], order="C" if order(view) == "C" else "F")
-                    writes.append((np.copyto, (ravel(view), ravel(source))))
+                    host = np.array(_memory.on_host(source), order="C" if order(p) == "C" else "F")
+                    writes.append((buffer.memory.assign, (buffer.views[j], ravel(host))))
                 number += 1
         writes += [(g.update, (values,)) for g, values in zip(self.param_groups, hyperparameters, strict=True)]
         writes.append((np.copyto, (self._t, np.array([t], np.int64))))

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fused_adam._arrays import DTYPES, Array, address, order, ravel
+from fused_adam._arrays import DTYPES, AnyArray, Array, CudaArray, address, order, ravel
+from fused_adam._cuda_arrays import LEGACY_STREAM, view
 
 MAX_STEP = 2**63 - 1
 # The largest float64 that rounds to a finite float32.
@@ -109,61 +110,100 @@ def coefficients(values: Iterable[tuple[str, float]], dtype: np.dtype[Any]) -> N
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def array(name: str, a: Any) -> Array:
-    """A float32 or float64 array in native byte order. Raises TypeError or ValueError."""
-    if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
-        raise TypeError(f"{name} should be a NumPy array, got {kind(a)}")
-    if a.dtype not in DTYPES:
-        if a.dtype.newbyteorder() in DTYPES:
-            raise ValueError(f"{name} has the byte order of another machine; pass {name}.astype({a.dtype.name!r})")
-        raise ValueError(f"{name} has dtype {a.dtype}; expected float32 or float64")
-    return a
+def array(name: str, a: Any, stream: int = LEGACY_STREAM) -> AnyArray:
+    """A float32 or float64 array in native byte order, on the host or a GPU. Raises TypeError or ValueError."""
+    found: AnyArray | None = view(name, a, stream)
+    if found is None:
+        if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
+            raise TypeError(f"{name} should be a NumPy array or one on a GPU, got {kind(a)}")
+        found = a
+    if found.dtype not in DTYPES:
+        if found.dtype.newbyteorder() in DTYPES:
+            raise ValueError(f"{name} has the byte order of another machine; pass {name}.astype({found.dtype.name!r})")
+        raise ValueError(f"{name} has dtype {found.dtype}; expected float32 or float64")
+    return found
 
 
-def _contiguous(name: str, a: Array) -> None:
+def device(a: AnyArray) -> int | None:
+    """The number of the GPU that an array lies on, -1 if it is empty and lies on none; None for host memory."""
+    return a.device if isinstance(a, CudaArray) else None
+
+
+def place(device: int | None) -> str:
+    return "host memory" if device is None else f"the memory of GPU {device}" if device >= 0 else "that of a GPU"
+
+
+def same_place(name: str, x: int | None, other: str, y: int | None) -> None:
+    """Both in host memory, or both on the same GPU."""
+    if x != y and (x is None or y is None or (x >= 0 and y >= 0)):
+        raise ValueError(f"{name} is in {place(x)} but {other} is in {place(y)}; copy one to where the other is")
+
+
+def _together(name: str, a: AnyArray, other: str, b: AnyArray) -> None:
+    same_place(name, device(a), other, device(b))
+
+
+def _contiguous(name: str, a: AnyArray) -> None:
     if not order(a):
-        why = "is broadcast (a stride is 0)" if 0 in a.strides else f"is not contiguous (strides {a.strides})"
+        why = "is not contiguous" if isinstance(a, CudaArray) else f"is not contiguous (strides {a.strides})"
+        if isinstance(a, CudaArray):
+            raise ValueError(f"{name} {why}; pass cupy.ascontiguousarray({name}) or a copy")
+        why = "is broadcast (a stride is 0)" if 0 in a.strides else why
         raise ValueError(f"{name} {why}; pass np.ascontiguousarray({name})")
 
 
-def _writable(name: str, a: Array) -> None:
-    if not a.flags.writeable:
+def _writable(name: str, a: AnyArray) -> None:
+    if not (a.writable if isinstance(a, CudaArray) else a.flags.writeable):
         raise ValueError(f"{name} is read-only; pass a writable array or a copy")
 
 
-def parameters(named: list[tuple[str, Any]]) -> None:
-    """Every parameter of an optimizer: type, dtype, stride, writable, and no two share memory."""
+def parameters(named: list[tuple[str, Any]]) -> list[AnyArray]:
+    """Every parameter of an optimizer: type, dtype, stride, writable, all in one place, no two sharing memory."""
     if not named:
         raise ValueError("params is empty; pass at least one array")
-    for name, p in named:
-        array(name, p)
+    arrays = [array(name, p) for name, p in named]
+    for (name, _), p in zip(named, arrays, strict=True):
         if not order(p):
             # unlike a gradient, a parameter cannot be replaced by a copy: it is updated in place
-            raise ValueError(f"{name} is not contiguous (strides {p.strides}); make it so before it is used")
+            strides = "" if isinstance(p, CudaArray) else f" (strides {p.strides})"
+            raise ValueError(f"{name} is not contiguous{strides}; make it so before it is used")
         _writable(name, p)
-    extents = sorted((address(p), address(p) + p.nbytes, name) for name, p in named if p.size)
-    for (_, end, first), (start, _, second) in pairwise(extents):
+    first = next((k for k, p in enumerate(arrays) if p.size), 0)
+    for (name, _), p in zip(named, arrays, strict=True):
+        _together(name, p, named[first][0], arrays[first])
+    extents = sorted(
+        (address(p), address(p) + p.nbytes, name) for (name, _), p in zip(named, arrays, strict=True) if p.size
+    )
+    for (_, end, one), (start, _, other) in pairwise(extents):
         if start < end:
-            raise ValueError(f"{first} and {second} share memory; pass each parameter once")
+            raise ValueError(f"{one} and {other} share memory; pass each parameter once")
+    return arrays
 
 
-def gradient(name: str, g: Any, p: Array) -> Array:
-    """A gradient as a 1-D array in the memory order of its parameter p (a copy only when the orders differ)."""
-    plain = type(g) is np.ndarray and g.shape == p.shape and g.dtype == p.dtype
-    if plain and g.flags.c_contiguous and p.flags.c_contiguous:  # quickly
-        flat: Array = g.reshape(-1)
-        return flat
+def gradient(name: str, g: Any, p: AnyArray, stream: int = LEGACY_STREAM) -> Any:
+    """A gradient as a 1-D array in the memory order of its parameter p (a copy only when the orders differ).
+
+    stream: that of the step, for gradients on a GPU.
+    """
+    plain = type(g) is np.ndarray and g.shape == p.shape and g.dtype == p.dtype and not isinstance(p, CudaArray)
+    if plain and g.flags.c_contiguous and p.flags.c_contiguous:  # type: ignore[union-attr] # quickly
+        return g.reshape(-1)
     if isinstance(g, np.generic) and p.ndim == 0:  # what NumPy's reductions return
         g = np.asarray(g)
     if g is None:
         raise TypeError(f"{name} is None; pass an array, or leave the parameter out of params to freeze it")
-    array(name, g)
+    g = array(name, g, stream)
     if g.shape != p.shape:
         raise ValueError(f"{name} has shape {g.shape} but the parameter has {p.shape}")
     if g.dtype != p.dtype:
         raise ValueError(f"{name} has dtype {g.dtype} but the parameter has {p.dtype}; pass .astype({p.dtype.name!r})")
+    _together(name, g, "the parameter", p)
     _contiguous(name, g)
-    if p.flags.c_contiguous:
+    if isinstance(g, CudaArray):
+        if order(g) != order(p) and g.ndim > 1:
+            raise ValueError(f"{name} is in {order(g)} order but the parameter is in {order(p)} order; make them alike")
+        return ravel(g)
+    if order(p) == "C":
         return ravel(g if g.flags.c_contiguous else np.ascontiguousarray(g))
     return ravel(g if g.flags.f_contiguous else np.asfortranarray(g))
 
@@ -171,7 +211,7 @@ def gradient(name: str, g: Any, p: Array) -> Array:
 class Extents:
     """The memory that a step writes, to ask whether a gradient lies in it."""
 
-    def __init__(self, arrays: Iterable[Array]) -> None:
+    def __init__(self, arrays: Iterable[AnyArray]) -> None:
         extents = sorted((address(a), address(a) + a.nbytes) for a in arrays if a.size)
         self._starts = np.array([e[0] for e in extents], np.int64)
         self._ends = np.array([e[1] for e in extents], np.int64)
@@ -189,54 +229,74 @@ def overlap(name: str) -> ValueError:
     return ValueError(f"{name} overlaps a parameter or a state that the step writes; pass a copy")
 
 
-def step_arrays(arrays: dict[str, Any]) -> list[Array]:
+def step_arrays(arrays: dict[str, Any]) -> list[Any]:
     """p, g, m, v (and max_v) of `adam_step`, as 1-D views. Raises TypeError or ValueError."""
     p = array("p", arrays["p"])
+    plain = type(p) is np.ndarray and p.flags.carray  # C-contiguous, aligned and writable in one question
+    views = []
     for name, a in arrays.items():
-        # `carray` says C-contiguous, aligned and writable in one question
-        if type(a) is np.ndarray and a.dtype == p.dtype and a.shape == p.shape and a.flags.carray and p.flags.carray:
+        if plain and type(a) is np.ndarray and a.dtype == p.dtype and a.shape == p.shape and a.flags.carray:
+            views.append(ravel(a))
             continue
-        array(name, a)
+        a = array(name, a)
         if a.shape != p.shape:
             raise ValueError(f"{name} has shape {a.shape} but p has {p.shape}")
         if a.dtype != p.dtype:
             raise ValueError(f"{name} has dtype {a.dtype} but p has {p.dtype}")
+        _together(name, a, "p", p)
         _contiguous(name, a)
-        if not ((a.flags.c_contiguous and p.flags.c_contiguous) or (a.flags.f_contiguous and p.flags.f_contiguous)):
+        if not _same_order(a, p):
             raise ValueError(f"{name} is in {order(a)} order but p is in {order(p)} order; make them alike")
         if name != "g":
             _writable(name, a)
-    views = {name: ravel(a) for name, a in arrays.items()}
-    for (first, x), (second, y) in combinations(views.items(), 2):
-        if np.may_share_memory(x, y):  # compares bounds, which is exact for contiguous arrays
+        views.append(ravel(a))
+    extents = [(address(x), address(x) + x.nbytes) for x in views]
+    for (first, x), (second, y) in combinations(zip(arrays, extents, strict=True), 2):
+        if x[0] < y[1] and y[0] < x[1] and views[0].size:
             raise ValueError(f"{first} and {second} share memory; pass arrays that do not overlap")
-    return list(views.values())
+    return views
 
 
-def flatten(named: list[tuple[str, Any]], dtype: Any) -> np.dtype[Any]:
-    """The dtype of a flat buffer of these arrays. Raises TypeError or ValueError."""
+def _same_order(a: AnyArray, b: AnyArray) -> bool:
+    """Both in C or both in Fortran order; vectors are in both."""
+    if isinstance(a, CudaArray) or isinstance(b, CudaArray):
+        return order(a) == order(b)
+    x, y = a.flags, b.flags
+    return bool((x.c_contiguous and y.c_contiguous) or (x.f_contiguous and y.f_contiguous))
+
+
+def flatten(named: list[tuple[str, Any]], dtype: Any) -> tuple[list[tuple[int, ...]], np.dtype[Any]]:
+    """The arrays' shapes and the dtype of a flat buffer of them. Raises TypeError or ValueError."""
     if not named:
         raise ValueError("tree is empty; pass at least one array")
+    chosen: np.dtype[Any] | None = None
     if dtype is not None:
         try:
-            chosen: np.dtype[Any] = np.dtype(dtype)
+            chosen = np.dtype(dtype)
         except (TypeError, ValueError, SyntaxError) as error:
             raise TypeError(f"dtype should be float32 or float64, got {dtype!r}") from error
         if chosen not in DTYPES:
             raise ValueError(f"dtype should be float32 or float64, got {chosen}")
-        for name, a in named:
-            if not isinstance(a, np.ndarray | np.generic) or isinstance(a, np.ma.MaskedArray):
-                raise TypeError(f"{name} should be a NumPy array, got {kind(a)}")
-            if a.dtype.kind not in "fiub":
-                raise ValueError(f"{name} has dtype {a.dtype}, which does not convert to {chosen}")
-        return chosen
-    first_name, first = named[0]
-    for name, a in named:
-        array(name, a)
-        if a.dtype != first.dtype:
-            raise ValueError(f"{name} has dtype {a.dtype} but {first_name} has {first.dtype}; pass dtype= to convert")
-    first_dtype: np.dtype[Any] = first.dtype
-    return first_dtype
+    arrays = [array(name, a) if chosen is None else _convertible(name, a, chosen) for name, a in named]
+    for (name, _), a in zip(named, arrays, strict=True):
+        if chosen is None and a.dtype != arrays[0].dtype:
+            raise ValueError(
+                f"{name} has dtype {a.dtype} but {named[0][0]} has {arrays[0].dtype}; pass dtype= to convert"
+            )
+        _together(name, a, named[0][0], arrays[0])
+    return [a.shape for a in arrays], chosen or arrays[0].dtype
+
+
+def _convertible(name: str, a: Any, chosen: np.dtype[Any]) -> Any:
+    """Any array of numbers, as it is."""
+    found: Any = view(name, a)
+    if found is None:
+        if not isinstance(a, np.ndarray | np.generic) or isinstance(a, np.ma.MaskedArray):
+            raise TypeError(f"{name} should be a NumPy array or one on a GPU, got {kind(a)}")
+        found = a
+    if found.dtype.kind not in "fiub":
+        raise ValueError(f"{name} has dtype {found.dtype}, which does not convert to {chosen}")
+    return found
 
 
 # --- state dicts ------------------------------------------------------------------------------------------------------
@@ -251,6 +311,6 @@ def same_keys(name: str, given: Any, expected: Iterable[str]) -> None:
 
 
 def state(name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    array(name, a)
-    if a.shape != shape or a.dtype != dtype:
-        raise ValueError(f"{name} has shape {a.shape} and dtype {a.dtype}; expected {shape} and {dtype}")
+    found = array(name, a)
+    if found.shape != shape or found.dtype != dtype:
+        raise ValueError(f"{name} has shape {found.shape} and dtype {found.dtype}; expected {shape} and {dtype}")

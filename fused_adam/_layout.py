@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from fused_adam import _checks
-from fused_adam._arrays import BLOCK, Array, address, zeros
+from fused_adam import _checks, _memory
+from fused_adam._arrays import BLOCK, address
+from fused_adam._cuda_arrays import view
 
 
 def leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -106,12 +108,13 @@ class Layout:
     total: int
 
     @staticmethod
-    def of(tree: Any, dtype: np.dtype[Any]) -> Layout:
+    def of(tree: Any, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> Layout:
+        """shapes: of the tree's arrays, in order."""
         segments = []
         offset = 0
-        for path, leaf in leaves(tree, ""):
-            segments.append(Segment(path, leaf.shape, offset, leaf.size))
-            offset += -(-leaf.size // BLOCK) * BLOCK
+        for (path, _), shape in zip(leaves(tree, ""), shapes, strict=True):
+            segments.append(Segment(path, shape, offset, prod(shape)))
+            offset += -(-segments[-1].size // BLOCK) * BLOCK
         numbers = iter(range(len(segments)))
         return Layout(dtype, tuple(segments), rebuild(tree, lambda _: next(numbers)), offset)
 
@@ -131,28 +134,31 @@ class FlatBuffer:
     """Arrays packed into one aligned buffer, each starting on a multiple of 128 elements.
 
     Attributes:
-        data: the buffer, 1-D, float32 or float64, with zeros between the arrays.
+        data: the buffer, 1-D, float32 or float64, with zeros between the arrays: a NumPy array, or a CuPy or Numba
+            array on the GPU where the arrays that were flattened are.
         tree: views of it in the structure of the arrays that were flattened, dicts read-only and lists as tuples;
             ``flat[key]`` is ``flat.tree[key]`` and ``flat[key] = a`` copies a into it.
     """
 
-    __slots__ = ("_data", "_tree", "addresses", "layout", "runs", "views")
+    __slots__ = ("_data", "_tree", "address", "addresses", "layout", "memory", "runs", "views")
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, memory: _memory.Memory = _memory.HOST) -> None:
         self.layout = layout
-        self._data = data = zeros(layout.total, layout.dtype)
+        self.memory = memory
+        self._data = data = memory.zeros(layout.total, layout.dtype)
         # What the backends step over: each array as a 1-D view, and the stretches between padding.
         self.views = [data[s.offset : s.offset + s.size] for s in layout.segments]
         self.runs = [data[start:end] for start, end in layout.runs]
-        self.addresses = np.array([address(view) for view in self.views], np.int64)
+        self.address = address(view("data", data) or data)
+        self.addresses = self.address + np.array([s.offset for s in layout.segments], np.int64) * layout.dtype.itemsize
         self._tree = _read_only(rebuild(layout.structure, lambda k: self.views[k].reshape(layout.segments[k].shape)))
 
     @property
-    def data(self) -> Array:
+    def data(self) -> Any:
         return self._data
 
     @data.setter
-    def data(self, value: Array) -> None:
+    def data(self, value: Any) -> None:
         if value is not self._data:  # it is for ``flat.data *= 2``
             raise AttributeError("data cannot be replaced, for the views would not follow; assign to data[...]")
 
@@ -178,18 +184,18 @@ class FlatBuffer:
 
     def zeros_like(self) -> FlatBuffer:
         """Another buffer of the same layout, filled with zeros: for gradients."""
-        return FlatBuffer(self.layout)
+        return FlatBuffer(self.layout, self.memory)
 
     def __repr__(self) -> str:
         return f"FlatBuffer({len(self.layout.segments)} arrays, {self.layout.total} elements, {self.layout.dtype})"
 
     def __reduce__(self) -> Any:
-        return _unpickle, (self.layout, self.data)
+        return _unpickle, (self.layout, self.memory.to_host(self.data), self.memory.library, self.memory.device)
 
 
-def _unpickle(layout: Layout, data: Array) -> FlatBuffer:
-    flat = FlatBuffer(layout)
-    flat.data[:] = data
+def _unpickle(layout: Layout, data: Any, library: str = "numpy", device: int | None = None) -> FlatBuffer:
+    flat = FlatBuffer(layout, _memory.of_library(library, device))
+    flat.memory.assign(flat.data, data)
     return flat
 
 
@@ -197,7 +203,9 @@ def flatten(tree: Any, dtype: Any = None) -> FlatBuffer:
     """Copy arrays into one flat buffer and return it with views in the same structure.
 
     Args:
-        tree: an array, or dicts, lists and tuples of arrays, nested as they like. Any shape, order and stride.
+        tree: an array, or dicts, lists and tuples of arrays, nested as they like. Any shape, order and stride. All are
+            NumPy arrays, or all lie on one GPU: CuPy or Numba arrays, or any that have ``__cuda_array_interface__`` or
+            DLPack.
         dtype: float32 or float64; by default the arrays' own, which then must be one of these and the same for all.
 
     Raises:
@@ -209,9 +217,8 @@ def flatten(tree: Any, dtype: Any = None) -> FlatBuffer:
     ((2, 3), (256,))
     """
     arrays = list(leaves(tree, "tree"))
-    chosen = _checks.flatten(arrays, dtype)
-    layout = Layout.of(tree, chosen)
-    flat = FlatBuffer(layout)
-    for (_, source), view in zip(arrays, flat.views, strict=True):
-        view.reshape(source.shape)[...] = source
+    shapes, chosen = _checks.flatten(arrays, dtype)
+    flat = FlatBuffer(Layout.of(tree, shapes, chosen), _memory.like(arrays[0][1]))
+    for (_, source), part, shape in zip(arrays, flat.views, shapes, strict=True):
+        flat.memory.assign(part.reshape(shape), source)
     return flat

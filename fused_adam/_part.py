@@ -7,41 +7,53 @@ from typing import Any
 
 import numpy as np
 
-from fused_adam._arrays import Array, order, ravel
+from fused_adam._arrays import AnyArray, Array, order, ravel
+from fused_adam._cuda_arrays import view
 from fused_adam._layout import FlatBuffer, Layout
-from fused_adam.backends import Rows
+from fused_adam._memory import Memory
+from fused_adam.backends import Loose, Rows
 
 
 class Part:
-    """names: of the gradients. flat: the flat buffer that the parameters are, if they are one."""
+    """names: of the gradients. given: the parameters as the caller knows them. flat: the flat buffer that they are, if
+    they are one.
+    """
 
     def __init__(self, group: int, flat: FlatBuffer | None, dtype: np.dtype[Any]) -> None:
         self.group = group
         self.flat = flat
         self.dtype = dtype
         self.names: list[str] = []
-        self.parameters: list[Array] = []
+        self.given: list[Any] = []
+        self.parameters: list[AnyArray] = []
         self.states: dict[str, FlatBuffer] = {}
-        self.last_gradient: FlatBuffer | None = None  # the one last found to fit and to overlap nothing
+        # The gradients last found to fit and to overlap nothing, if their memory cannot move. Loose ones are kept alive
+        # by that, so they are only remembered as long as the same arrays come again: see `remembers`.
+        self.last_gradient: FlatBuffer | Loose | None = None
+        self.remembers = True
 
-    def allocate(self, states: Iterable[tuple[str, float]]) -> None:
-        layout = (
-            self.flat.layout if self.flat is not None else Layout.of([ravel(p) for p in self.parameters], self.dtype)
-        )
+    def allocate(self, states: Iterable[tuple[str, float]], memory: Memory) -> None:
+        shapes = [(p.size,) for p in self.parameters]
+        layout = self.flat.layout if self.flat is not None else Layout.of(self.given, shapes, self.dtype)
         for name, value in states:
-            self.states[name] = FlatBuffer(layout)
+            self.states[name] = FlatBuffer(layout, memory)
             if value:
-                for view in self.states[name].views:
-                    view[...] = value
+                for row in self.states[name].views:
+                    memory.assign(row, np.broadcast_to(np.array(value, self.dtype), row.shape))
 
     def rows(self) -> Rows:
         states = self.states.values()
-        rows = zip(map(ravel, self.parameters), *(s.views for s in states), strict=True)
-        runs = zip(self.flat.runs, *(s.runs for s in states), strict=True) if self.flat is not None else ()
+        rows = zip(map(ravel, self.parameters), *(map(_row, s.views) for s in states), strict=True)
+        flat = [] if self.flat is None else [self.flat, *states]
+        runs = zip(*(map(_row, buffer.runs) for buffer in flat), strict=True)
         shapes = [p.shape if order(p) == "C" else None for p in self.parameters]
         return Rows(self.dtype, shapes, list(rows), list(runs))
 
-    def state_views(self, name: str) -> list[Array]:
-        """A state of each parameter, in the parameter's shape and memory order."""
-        views = zip(self.states[name].views, self.parameters, strict=True)
-        return [v.reshape(p.shape, order="C" if order(p) == "C" else "F") for v, p in views]
+    def state(self, name: str, k: int) -> Array:
+        """A copy on the host of the state of parameter k, in its shape and memory order."""
+        buffer, p = self.states[name], self.parameters[k]
+        return buffer.memory.to_host(buffer.views[k]).reshape(p.shape, order="C" if order(p) == "C" else "F")
+
+
+def _row(a: Any) -> AnyArray:
+    return view("a row", a) or a

@@ -8,16 +8,27 @@ import importlib.util
 import os
 import sys
 import threading
+from collections.abc import Sequence
+from operator import is_
 from types import FrameType, ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fused_adam._arrays import Array
+from fused_adam._arrays import AnyArray
+from fused_adam._cuda_arrays import no_device
 from fused_adam._layout import FlatBuffer
 
 NAMES = ("cupy", "numba-cuda", "numba", "numpy")
-_MODULES = {"numba": "fused_adam.backends.numba_cpu", "numpy": "fused_adam.backends.numpy_cpu"}
+_MODULES = {
+    "cupy": "fused_adam.backends.cupy_cuda",
+    "numba-cuda": "fused_adam.backends.numba_cuda",
+    "numba": "fused_adam.backends.numba_cpu",
+    "numpy": "fused_adam.backends.numpy_cpu",
+}
+ON_GPU = NAMES[:2]
+# Whose memory a backend keeps its states in.
+LIBRARY = {"cupy": "cupy", "numba-cuda": "numba", "numba": "numpy", "numpy": "numpy"}
 # From this many elements on, importing Numba pays for itself within a training run.
 _WORTH_NUMBA = 2**15
 # What "auto" means instead of choosing; read once, so that a step need not ask the environment.
@@ -28,18 +39,19 @@ PID = os.getpid()
 
 def reason(name: str) -> str:
     """Why a backend cannot run here, and what to do; "" when it can."""
-    if name in ("cupy", "numba-cuda"):
-        return "this version has no CUDA backend yet; use backend='numba' or 'numpy' on host arrays"
-    if name == "numba":
-        if importlib.util.find_spec("numba") is None:
-            return "Numba is not installed; pip install 'fused-adam[cpu]'"
-        try:
-            importlib.import_module(_MODULES[name])
-        except Exception as error:  # a Numba that does not fit the installed NumPy or Python, a broken llvmlite, ...
-            return f"Numba cannot be imported: {error}; install versions that fit each other"
-        if sys.modules["numba"].config.DISABLE_JIT:
-            return "NUMBA_DISABLE_JIT is set; unset it"
-    return ""
+    if name in ON_GPU:
+        package, extra = ("cupy", "cuda13") if name == "cupy" else ("numba_cuda", "numba-cu13")
+        if importlib.util.find_spec(package) is None:
+            return f"{package.replace('_', '-')} is not installed; pip install 'fused-adam[{extra}]'"
+        if why := no_device():
+            return why
+    elif name == "numba" and importlib.util.find_spec("numba") is None:
+        return "Numba is not installed; pip install 'fused-adam[cpu]'"
+    try:
+        unusable: str = getattr(load(name), "unusable", str)()
+    except Exception as error:  # versions of Numba, NumPy, Python or CUDA that do not fit, a broken llvmlite, ...
+        return f"{name} cannot be imported: {error}; install versions that fit each other"
+    return unusable
 
 
 def backends() -> list[tuple[str, bool, str]]:
@@ -56,22 +68,34 @@ def check_name(name: object, source: str = "backend") -> str:
     return name
 
 
-def choose(name: str, size: int) -> str:
-    """The backend for a step over `size` elements of host memory.
+def choose(name: str, size: int, device: int | None = None) -> str:
+    """The backend for a step over `size` elements of host memory, or of that of a GPU.
 
-    "auto" takes FUSED_ADAM_BACKEND if set; else Numba where it is installed and worth it or already loaded; else NumPy.
-    The bits do not depend on the choice. Raises RuntimeError, with the fix, for a named backend that cannot run.
+    "auto" takes FUSED_ADAM_BACKEND if set; else CuPy, then Numba, on a GPU; else, on the host, Numba where it is
+    installed and worth it or already loaded; else NumPy. The bits do not depend on the choice. Raises RuntimeError,
+    with the fix, for a named backend that cannot run, or not on these arrays.
     """
     chosen = check_name(name)
     source = "backend"
     if chosen == "auto":
         chosen = check_name(OVERRIDE or "auto", source := "FUSED_ADAM_BACKEND")
     if chosen == "auto":
-        worth_it = size >= _WORTH_NUMBA or _MODULES["numba"] in sys.modules
-        return "numba" if worth_it and not reason("numba") else "numpy"
+        if device is None:
+            worth_it = size >= _WORTH_NUMBA or _MODULES["numba"] in sys.modules
+            return "numba" if worth_it and not reason("numba") else "numpy"
+        reasons = {candidate: reason(candidate) for candidate in ON_GPU}
+        for candidate, why in reasons.items():
+            if not why:
+                return candidate
+        given = "; ".join(f"{candidate}: {why}" for candidate, why in reasons.items())
+        raise RuntimeError(f"the arrays are on a GPU and no backend for it is available: {given}")
     why = reason(chosen)
     if why:
         raise RuntimeError(f"{source} {chosen!r} is not available: {why}")
+    if (chosen in ON_GPU) != (device is not None):
+        where = "host memory" if device is None else "the memory of a GPU"
+        fix = "copy them there" if chosen in ON_GPU else "copy them to the host"
+        raise RuntimeError(f"{source} {chosen!r} does not step over arrays in {where}; {fix}, or use backend='auto'")
     return chosen
 
 
@@ -89,16 +113,23 @@ class Rows(NamedTuple):
 
     dtype: np.dtype[Any]
     shapes: list[tuple[int, ...] | None]
-    rows: list[tuple[Array, ...]]
-    runs: list[tuple[Array, ...]]
+    rows: list[tuple[Any, ...]]
+    runs: list[tuple[Any, ...]]
 
 
 class Loose(NamedTuple):
-    """Gradients as the caller gave them, to be checked by the backend, each with its name and its parameter."""
+    """Gradients as the caller gave them, to be checked by the backend, each with its name and its parameter.
+
+    given: a copy of the caller's list, if the same objects mean the same memory the next time.
+    """
 
     names: list[str]
     arrays: list[Any]
-    parameters: list[Array]
+    parameters: list[AnyArray]
+    given: Sequence[Any] = ()
+
+    def is_of(self, grads: list[Any]) -> bool:
+        return len(grads) == len(self.given) and all(map(is_, grads, self.given))
 
 
 Gradients = FlatBuffer | Loose

@@ -42,15 +42,16 @@ def _text(name: str) -> str:
     return (folder() / name).read_text()
 
 
+@cache
 def source(rule: Rule, dtype: np.dtype[Any]) -> Source:
     """One kernel for one rule and type: what it is made of stands in kernels/, but for a rule of the user's own."""
     number, compute = _NUMBERS[dtype]
     name = f"{rule.name}_{compute}"
     coefficients = max(1, len(rule.coefficients))
     segment = np.dtype(
-        [("n", "i8"), ("first", "i8"), ("group", "i8"), ("p", "i8"), ("states", "i8", max(1, len(rule.states)))]
+        [("n", "i8"), ("first", "i8"), ("group", "i8"), ("p", "i8"), ("states", "i8", (max(1, len(rule.states)),))]
     )
-    head = [("segments", "i8"), ("gradients", "i8"), ("segment_of_chunk", "i8"), ("chunk", "i8")]
+    head: list[tuple[Any, ...]] = [("segments", "i8"), ("gradients", "i8"), ("segment_of_chunk", "i8"), ("chunk", "i8")]
     head += [("segment", segment), ("gradient", "i8")]
     room = _ARGUMENT_BYTES - np.dtype(head).itemsize
     groups = min(MAX_GROUPS, room // (coefficients * dtype.itemsize))

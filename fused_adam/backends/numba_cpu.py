@@ -31,6 +31,12 @@ CHUNK = 2**16  # elements a thread takes at a time
 SERIAL_BELOW = 2**18  # elements; below, waking the threads costs more than they save
 _COLUMNS = 2  # n and part stand before the addresses
 
+
+def unusable() -> str:
+    """Why this backend cannot run although it can be imported; "" if it can."""
+    return "NUMBA_DISABLE_JIT is set; unset it" if numba.config.DISABLE_JIT else ""
+
+
 # --- drivers ----------------------------------------------------------------------------------------------------------
 
 

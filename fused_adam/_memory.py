@@ -1,0 +1,136 @@
+"""Where flat buffers and states are kept: host memory, or a GPU's through CuPy or Numba. Allocate, fill and copy."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Protocol
+
+import numpy as np
+
+from fused_adam._arrays import Array, address
+from fused_adam._cuda_arrays import view
+
+_ALIGNMENT = 128  # bytes: two cache lines, and more than any vector load asks for
+
+
+class Memory(Protocol):
+    """library: whose arrays it makes; "numpy", "cupy" or "numba". device: the number of the GPU, None for the host."""
+
+    library: str
+    device: int | None
+
+    def zeros(self, n: int, dtype: np.dtype[Any]) -> Any:
+        """n zeros, 1-D, aligned for vector access and ready for any stream. Raises MemoryError."""
+
+    def assign(self, destination: Any, source: Any) -> None:
+        """Copy any array of the same shape that lies in the same place, or on the host, into one of this memory's."""
+
+    def to_host(self, a: Any) -> Array:
+        """A copy in host memory, after all work that was given to the device before."""
+
+
+class Host:
+    library = "numpy"
+    device: int | None = None
+
+    def zeros(self, n: int, dtype: np.dtype[Any]) -> Array:
+        nbytes = n * dtype.itemsize
+        raw = np.zeros(nbytes + _ALIGNMENT, np.uint8)
+        start = -address(raw) % _ALIGNMENT
+        return raw[start : start + nbytes].view(dtype)
+
+    def assign(self, destination: Any, source: Any) -> None:
+        np.copyto(destination, source)
+
+    def to_host(self, a: Any) -> Array:
+        return np.array(a, order="K")
+
+
+class Cupy:
+    library = "cupy"
+
+    def __init__(self, device: int | None) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self.device = device
+
+    def zeros(self, n: int, dtype: np.dtype[Any]) -> Any:
+        with self._cupy.cuda.Device(self.device) as device:
+            a = self._cupy.zeros(n, dtype)
+            device.synchronize()
+        return a
+
+    def assign(self, destination: Any, source: Any) -> None:
+        with self._cupy.cuda.Device(self.device) as device:
+            device.synchronize()
+            if view("source", source) is None:
+                destination.set(np.ascontiguousarray(source, destination.dtype))  # without memory of the device's
+            else:
+                destination[...] = self._cupy.asarray(source)
+            device.synchronize()
+
+    def to_host(self, a: Any) -> Array:
+        with self._cupy.cuda.Device(self.device) as device:
+            device.synchronize()
+            host: Array = self._cupy.asnumpy(self._cupy.asarray(a))
+        return host
+
+
+class Numba:
+    library = "numba"
+
+    def __init__(self, device: int | None) -> None:
+        from numba import cuda
+        from numba.cuda.cudadrv.driver import device_memset
+
+        self._cuda = cuda
+        self._memset = device_memset
+        self.device = device
+
+    def zeros(self, n: int, dtype: np.dtype[Any]) -> Any:
+        with self._cuda.gpus[self.device]:
+            a = self._cuda.device_array(n, dtype)
+            if n:
+                self._memset(a, 0, a.nbytes)
+            self._cuda.synchronize()
+        return a
+
+    def assign(self, destination: Any, source: Any) -> None:
+        with self._cuda.gpus[self.device]:
+            self._cuda.synchronize()
+            if view("source", source) is None:
+                source = np.asarray(source, destination.dtype)
+            else:
+                source = self._cuda.as_cuda_array(source)
+            destination.copy_to_device(source)
+            self._cuda.synchronize()
+
+    def to_host(self, a: Any) -> Array:
+        with self._cuda.gpus[self.device]:
+            self._cuda.synchronize()
+            host: Array = self._cuda.as_cuda_array(a).copy_to_host()
+        return host
+
+
+HOST: Memory = Host()
+
+
+def of_library(library: str, device: int | None) -> Memory:
+    if device is None:
+        return HOST
+    return Numba(device) if library == "numba" else Cupy(device)
+
+
+def on_host(a: Any) -> Array:
+    """An array, or a copy of it in host memory if it is on a GPU."""
+    return a if isinstance(a, np.ndarray) else like(a).to_host(a)
+
+
+def like(a: Any) -> Memory:
+    """Memory of the library and device of an array; arrays of other libraries get CuPy's where it is installed."""
+    found = view("it", a)
+    if found is None:
+        return HOST
+    numba = type(a).__module__.split(".")[0] == "numba" or importlib.util.find_spec("cupy") is None
+    return of_library("numba" if numba else "cupy", max(found.device, 0))

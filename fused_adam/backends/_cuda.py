@@ -1,0 +1,258 @@
+"""What both CUDA backends share: segment tables, gradient pointers, coefficients, one launch for all groups of a rule.
+
+A driver (`cupy_cuda`, `numba_cuda`) compiles kernels, copies bytes to a device and launches. Everything that can fail
+for want of memory, or because a gradient is wrong, happens before the first launch.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from fused_adam import _checks
+from fused_adam._arrays import Array, CudaArray
+from fused_adam._codegen import Rule
+from fused_adam._layout import FlatBuffer
+from fused_adam.backends import DeferredInterrupt, Gradients, Rows
+from fused_adam.backends._cuda_source import Source, source
+
+# Elements a block takes; while there are fewer of the larger chunks than a GPU runs blocks at once, the smaller.
+_CHUNK, _SMALL_CHUNK = 4096, 2048
+_FEW = 512 * _CHUNK
+_MAX_CHUNKS = 2**31 - 1  # of a grid
+
+Kernel = Callable[[int, Array, int], None]  # (blocks, arguments: an array of one struct, stream)
+
+
+class Table(Protocol):
+    """Bytes in device memory."""
+
+    address: int
+
+    def write(self, a: Array, stream: int) -> None:
+        """Copy an array there, in the order of the stream; `a` may change once this returns."""
+
+
+class Driver(Protocol):
+    def kernel(self, made: Source, rule: Rule, dtype: np.dtype[Any], device: int) -> Kernel:
+        """Compile, or load from a cache. A kernel that is launched on two streams at once is made twice."""
+
+    def table(self, nbytes: int, device: int) -> Table:
+        """Raises MemoryError."""
+
+    def current_stream(self, device: int) -> int:
+        """The address of the stream that the caller works on."""
+
+    def wait(self, stream: int, other: int, device: int) -> None:
+        """Let `stream` wait for all work given to `other` so far."""
+
+    def address(self, g: Any, shape: tuple[int, ...] | None, dtype: np.dtype[Any], device: int) -> int | None:
+        """That of a gradient of the driver's own array type if it is as it should be, quickly; else None."""
+
+
+def stream_address(stream: Any) -> int:
+    """A stream of CuPy, Numba or PyTorch, or an address, as an address. Raises TypeError."""
+    for attribute in ("ptr", "cuda_stream"):
+        if isinstance(value := getattr(stream, attribute, None), int):
+            return value
+    if hasattr(stream, "__cuda_stream__"):
+        return int(stream.__cuda_stream__()[1])
+    handle = getattr(stream, "handle", stream)  # Numba's: a ctypes pointer, None inside for the default stream
+    value = getattr(handle, "value", handle) or 0
+    if isinstance(value, float | str | bytes) or not hasattr(value, "__int__"):
+        raise TypeError(f"stream should be a CUDA stream or its address, got {_checks.kind(stream)}")
+    return int(value)
+
+
+def _order(driver: Driver, stream: int, arrays: Sequence[CudaArray], device: int) -> None:
+    """Let the step wait for the streams that other libraries say their arrays belong to; 0 and 1 are the same one."""
+    for other in {a.stream for a in arrays if a.stream is not None} - {stream or 1}:
+        driver.wait(stream, other, device)
+
+
+class _Geometry(NamedTuple):
+    """chunk: elements a block takes. table, blocks: both None and 0 if there is nothing to do."""
+
+    chunk: int
+    blocks: int
+    segments: Array
+    segment_of_chunk: Array
+
+
+def _geometry(made: Source, rows: Sequence[tuple[int, Sequence[CudaArray]]]) -> _Geometry:
+    """Segments for (group, (p, *states)); those without elements get none."""
+    segments = np.zeros(len(rows), made.segment)
+    for k, (group, (p, *states)) in enumerate(rows):
+        addresses = [a.address for a in states] or [0]
+        segments[k] = (p.size, 0, group, p.address, addresses)
+    segments = segments[segments["n"] > 0]
+    total = int(segments["n"].sum())
+    chunk = _SMALL_CHUNK if total < _FEW else _CHUNK
+    counts = -(-segments["n"] // chunk)
+    ends = np.cumsum(counts)
+    blocks = int(ends[-1]) if len(ends) else 0
+    if blocks > _MAX_CHUNKS:
+        raise ValueError(f"{total} elements are more than one launch takes; step over fewer parameters at a time")
+    segments["first"] = ends - counts
+    return _Geometry(chunk, blocks, segments, np.repeat(np.arange(len(segments), dtype=np.int32), counts))
+
+
+class _Launch:
+    """One launch: the parts of all groups that take one rule in one type, by one way to look at their memory."""
+
+    def __init__(self, driver: Driver, kernel: Kernel, made: Source, dtype: np.dtype[Any], device: int) -> None:
+        self._driver = driver
+        self._kernel = kernel
+        self._made = made
+        self._device = device
+        self._arguments = np.zeros(1, made.arguments)
+        offset = made.arguments.fields["coefficients"][1]  # type: ignore[index]
+        self._coefficients: Any = self._arguments.view(np.uint8)[offset:]
+        self._number = "f" if dtype == np.float32 else "d"
+        self._row = made.arguments["coefficients"].shape[1] * dtype.itemsize
+        self._blocks = 0
+        self._tables: list[Table] = []
+        self._uploaded: Array | None = None
+
+    def place(self, rows: Sequence[tuple[int, Sequence[CudaArray]]], stream: int) -> None:
+        """Allocate and upload what does not change from step to step."""
+        geometry = _geometry(self._made, rows)
+        a = self._arguments[0]
+        a["chunk"] = geometry.chunk
+        self._present = np.array([p.size > 0 for _, (p, *_) in rows], bool)
+        if len(geometry.segments) == 1:
+            a["segment"] = geometry.segments[0]
+        elif geometry.blocks:
+            sizes = (geometry.segments.nbytes, 8 * len(geometry.segments), geometry.segment_of_chunk.nbytes)
+            self._tables = [self._driver.table(size, self._device) for size in sizes]
+            a["segments"], a["gradients"], a["segment_of_chunk"] = (table.address for table in self._tables)
+            self._tables[0].write(geometry.segments, stream)
+            self._tables[2].write(geometry.segment_of_chunk, stream)
+        self._blocks = geometry.blocks
+
+    def __call__(self, gradients: Array | None, coefficients: Sequence[Sequence[float]], stream: int) -> None:
+        """gradients: an address for each row, or None for those of the last call."""
+        if not self._blocks:
+            return
+        if gradients is not None:
+            present = gradients[self._present]
+            if not self._tables:
+                self._arguments["gradient"] = present[0]
+            elif self._uploaded is None or not np.array_equal(present, self._uploaded):
+                self._uploaded = None  # until the copy is on its way
+                self._tables[1].write(present, stream)
+                self._uploaded = present
+        for k, values in enumerate(coefficients):
+            struct.pack_into(f"{len(values)}{self._number}", self._coefficients, k * self._row, *values)
+        self._kernel(self._blocks, self._arguments, stream)
+
+
+class Stepper:
+    """Steps over fixed parameters and states on one GPU; see `numpy_cpu.Stepper`."""
+
+    driver: Driver  # each backend's
+
+    def __init__(self, parts: Sequence[Rows], t: Array, writes: _checks.Extents) -> None:
+        self._parts = parts
+        self._t = t
+        self._writes = writes
+        arrays = [a for part in parts for row in part.rows for a in row]
+        self._device = next((a.device for a in arrays if a.device >= 0), 0)
+        self._plan: dict[tuple[Any, ...], list[tuple[list[int], _Launch]]] = {}
+        self._last: list[Gradients | None] = [None] * len(parts)
+        self._pointers: list[Array] = [np.zeros(0, np.int64)] * len(parts)
+        self._current: tuple[Any, ...] = ()
+        self._alive: list[CudaArray] = []  # what other libraries lent must outlive the launch
+
+    def prepare(self, rules: Sequence[Rule]) -> None:
+        stream = self.driver.current_stream(self._device)
+        for flat in ([bool(part.runs) for part in self._parts], [False] * len(self._parts)):
+            self._launches(rules, flat, stream)
+
+    def step(
+        self,
+        t: int,
+        rules: Sequence[Rule],
+        coefficients: Sequence[Sequence[float]],
+        gradients: Sequence[Gradients],
+        stream: Any = None,
+    ) -> None:
+        """Step number t, with a rule, its coefficients and its gradients for each part."""
+        on = self.driver.current_stream(self._device) if stream is None else stream_address(stream)
+        known = [given is last for given, last in zip(gradients, self._last, strict=True)]
+        alive: list[CudaArray] = []
+        pointers = [
+            old if same else self._addresses(part, given, on, alive)
+            for same, old, part, given in zip(known, self._pointers, self._parts, gradients, strict=True)
+        ]
+        flat = [isinstance(given, FlatBuffer) for given in gradients]
+        launches, key = self._launches(rules, flat, on), (tuple(rules), tuple(flat))
+        unchanged = all(known) and key == self._current
+        self._current = ()
+        with DeferredInterrupt():
+            for parts, launch in launches:
+                rows = None if unchanged else np.concatenate([pointers[k] for k in parts])
+                launch(rows, [coefficients[k] for k in parts], on)
+            self._t[0] = t
+        self._last = [g if isinstance(g, FlatBuffer) or g.given else None for g in gradients]
+        self._pointers, self._current, self._alive = pointers, key, alive
+
+    def _launches(self, rules: Sequence[Rule], flat: Sequence[bool], stream: int) -> list[tuple[list[int], _Launch]]:
+        """The parts of each launch, and it; made for each choice of rules, and of runs or rows, on first use."""
+        key = (tuple(rules), tuple(flat))
+        if key not in self._plan:
+            by_rule: dict[tuple[Rule, np.dtype[Any]], list[int]] = {}
+            for k, (rule, part) in enumerate(zip(rules, self._parts, strict=True)):
+                by_rule.setdefault((rule, part.dtype), []).append(k)
+            launches = []
+            for (rule, dtype), members in by_rule.items():
+                made = source(rule, dtype)
+                for start in range(0, len(members), made.groups):
+                    parts = members[start : start + made.groups]
+                    kernel = self.driver.kernel(made, rule, dtype, self._device)
+                    launch = _Launch(self.driver, kernel, made, dtype, self._device)
+                    rows = [
+                        (group, row)
+                        for group, k in enumerate(parts)
+                        for row in (self._parts[k].runs if flat[k] else self._parts[k].rows)
+                    ]
+                    launch.place(rows, stream)
+                    launches.append((parts, launch))
+            self._plan[key] = launches
+        return self._plan[key]
+
+    def _addresses(self, part: Rows, given: Gradients, stream: int, alive: list[CudaArray]) -> Array:
+        """Of each run of a flat buffer, or of each gradient, which is checked first."""
+        if isinstance(given, FlatBuffer):
+            starts = np.array([start for start, _ in given.layout.runs], np.int64)
+            return given.address + starts * part.dtype.itemsize
+        addresses = np.zeros(len(given.arrays), np.int64)
+        others: list[CudaArray] = []
+        for k, (g, shape) in enumerate(zip(given.arrays, part.shapes, strict=True)):
+            quick = self.driver.address(g, shape, part.dtype, self._device)
+            if quick is None:
+                checked = _checks.gradient(given.names[k], g, given.parameters[k], stream)
+                others.append(checked)
+                quick = checked.address
+            addresses[k] = quick
+        nbytes = np.array([row[0].nbytes for row in part.rows], np.int64)
+        hit = self._writes.first_overlap(addresses, nbytes)
+        if hit >= 0:
+            raise _checks.overlap(given.names[hit])
+        _order(self.driver, stream, others, self._device)
+        alive += others
+        return addresses
+
+
+def run(driver: Driver, rule: Rule, coefficients: Sequence[float], p: Any, g: Any, states: Sequence[Any]) -> None:
+    """One step on checked 1-D arrays."""
+    stream = driver.current_stream(p.device)
+    made = source(rule, p.dtype)
+    launch = _Launch(driver, driver.kernel(made, rule, p.dtype, p.device), made, p.dtype, p.device)
+    launch.place([(0, (p, *states))], stream)
+    _order(driver, stream, [p, g, *states], p.device)
+    with DeferredInterrupt():
+        launch(np.array([g.address], np.int64), [coefficients], stream)
