@@ -16,7 +16,7 @@ LARGE = """
 import ctypes, mmap, os, sys, time
 import numpy as np
 import fused_adam
-from fused_adam import _layout
+from fused_adam._memory import HOST
 
 N = 2**31 + 5
 PAGE = 2**14  # bytes: 4,096 elements
@@ -79,9 +79,9 @@ if way == "adam_step":
 else:
     p, g = Large(0), Large(1)
     states = []
-    plain, _layout.zeros = _layout.zeros, lambda n, dtype: states.append(Large(2)) or states[-1].a
+    plain, HOST.zeros = HOST.zeros, lambda n, dtype: states.append(Large(2)) or states[-1].a
     opt = fused_adam.SGD([p.a], lr=0.5, momentum=0.9, weight_decay=0.1, backend=backend)
-    _layout.zeros = plain
+    HOST.zeros = plain
     states[0].a[: WINDOW // 4] = 0
     before = [p.own(), g.own(), states[0].own()]
     opt.step([g.a])
