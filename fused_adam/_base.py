@@ -90,7 +90,7 @@ class Optimizer(ABC):
         arrays = _checks.parameters([(name, p) for _, name, p in named])
         self._split(groups, named, arrays)
 
-        device = next((d for d in map(_checks.device, arrays) if d != -1), -1)
+        device = next((d for d in map(_checks.device, arrays) if d != -1), 0)
         self.backend = choose(backend, sum(p.size for p in arrays), device)
         self._device = device
         memory = _memory.of_library(LIBRARY[self.backend], device)

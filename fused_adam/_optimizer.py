@@ -28,8 +28,9 @@ class SGD(Optimizer):
 
     Args:
         params: an array, a FlatBuffer, dicts, lists and tuples of arrays nested as they like, or a list of group dicts
-            ``{"params": ..., "lr": ...}``. Arrays are float32 or float64, C- or Fortran-contiguous and writable; they
-            are updated in place.
+            ``{"params": ..., "lr": ...}``. Arrays are float32 or float64, C- or Fortran-contiguous and writable, all
+            in host memory (NumPy) or all on one GPU (CuPy, Numba, or anything with ``__cuda_array_interface__`` or
+            DLPack); they are updated in place.
         lr: learning rate, >= 0.
         momentum: >= 0. dampening: any number. nesterov: needs momentum > 0 and dampening = 0.
         weight_decay: L2 penalty, >= 0.
@@ -295,8 +296,9 @@ def adam_step(
     """One Adam step on arrays that are kept elsewhere, in place on p, m, v (and max_v, which turns AMSGrad on).
 
     Args:
-        p, g, m, v, max_v: parameter, gradient, first and second moment, largest v so far: NumPy arrays of one shape and
-            dtype (float32 or float64) and one memory order, C or Fortran; no two may overlap. g is only read.
+        p, g, m, v, max_v: parameter, gradient, first and second moment, largest v so far: NumPy arrays, or arrays on
+            one GPU, of one shape and dtype (float32 or float64) and one memory order, C or Fortran; no two may overlap.
+            g is only read.
         step: t of this step: 1 on the first call.
         lr, betas, eps, weight_decay, maximize, backend: as in `Adam`; decoupled_weight_decay: as in `AdamW`.
 
@@ -352,7 +354,7 @@ def _adam_step(
     values = [update.coefficients[n] for n in update.rule.coefficients]
     _checks.coefficients(zip(update.rule.coefficients, values, strict=True), dtype)
     p, g, *states = views
-    load(choose(backend, p.size)).run(update.rule, values, p, g, states)
+    load(choose(backend, p.size, _checks.device(p))).run(update.rule, values, p, g, states)
 
 
 def adamw_step(p: Any, g: Any, m: Any, v: Any, *, step: int, weight_decay: float = 1e-2, **arguments: Any) -> None:

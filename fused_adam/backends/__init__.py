@@ -83,12 +83,12 @@ def choose(name: str, size: int, device: int | None = None) -> str:
         if device is None:
             worth_it = size >= _WORTH_NUMBA or _MODULES["numba"] in sys.modules
             return "numba" if worth_it and not reason("numba") else "numpy"
-        reasons = {candidate: reason(candidate) for candidate in ON_GPU}
-        for candidate, why in reasons.items():
-            if not why:
+        reasons = []
+        for candidate in ON_GPU:
+            if not (why := reason(candidate)):
                 return candidate
-        given = "; ".join(f"{candidate}: {why}" for candidate, why in reasons.items())
-        raise RuntimeError(f"the arrays are on a GPU and no backend for it is available: {given}")
+            reasons.append(f"{candidate}: {why}")
+        raise RuntimeError(f"the arrays are on a GPU and no backend for it is available: {'; '.join(reasons)}")
     why = reason(chosen)
     if why:
         raise RuntimeError(f"{source} {chosen!r} is not available: {why}")
