@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fused_adam import _checks, _memory
-from fused_adam._arrays import AnyArray, Array, order, ravel
+from fused_adam import _checks, _memory, _state_dict
+from fused_adam._arrays import AnyArray
 from fused_adam._codegen import Rule
 from fused_adam._cuda_arrays import never_moves
 from fused_adam._layout import FlatBuffer, leaves, match, rebuild
 from fused_adam._part import Part
-from fused_adam.backends import LIBRARY, DeferredInterrupt, Gradients, Loose, check_name, choose, load
-
-_FORMAT = 1  # of state dicts
+from fused_adam.backends import LIBRARY, Gradients, Loose, check_name, choose, load
 
 
 class Update(NamedTuple):
@@ -68,6 +67,15 @@ class Optimizer(ABC):
                 raise ValueError(f"a group of {type(self).__name__} has no {name!r}; it has {list(group)}")
         return {name: self._check_one(name, group[name]) for name in self._names}
 
+    def _recheck(self, k: int, group: Mapping[str, Any]) -> dict[str, Any]:
+        """`_check` for group k, whose numbers are mostly the very objects that were found right at the last step."""
+        values = [group.get(name, _MISSING) for name in self._names]
+        last, checked = self._last_checked.get(k, ((), {}))
+        if not (checked and all(map(is_, values, last))):
+            checked = self._check(group)
+            self._last_checked[k] = (values, checked) if all(map(_is_constant, values)) else ((), {})
+        return checked
+
     def _check_one(self, name: str, value: Any) -> Any:
         return _checks.HYPERPARAMETERS[name](name, value)
 
@@ -105,6 +113,7 @@ class Optimizer(ABC):
         self._trees = [rebuild(params, lambda leaf: leaf) for params in self._params]
         self._t = np.zeros(1, np.int64)
         self._requested = backend
+        self._last_checked: dict[int, tuple[Sequence[Any], dict[str, Any]]] = {}
         parts = [part.rows() for part in self._parts]
         self._writes = _checks.Extents([a for part in parts for row in part.rows for a in row])
         self._stepper = load(self.backend).Stepper(parts, self._t, self._writes)
@@ -212,7 +221,7 @@ class Optimizer(ABC):
         if len(self.param_groups) != len(self._params):
             counts = f"{len(self.param_groups)} groups but this optimizer was made with {len(self._params)}"
             raise ValueError(f"param_groups has {counts}; make a new optimizer for that")
-        by_group = [self._update(self._check(group), t) for group in self.param_groups]
+        by_group = [self._update(self._recheck(k, group), t) for k, group in enumerate(self.param_groups)]
         updates = [by_group[part.group] for part in self._parts]
         for part, update in zip(self._parts, updates, strict=True):
             if update.rule.states != tuple(part.states):
@@ -264,20 +273,7 @@ class Optimizer(ABC):
         Keys: "format", "optimizer", "t", "param_groups" (hyperparameters, "params" as indices) and "state": for each
         parameter in order a dict of NumPy arrays in its shape, wherever the parameter is.
         """
-        state: list[dict[str, Array]] = []
-        groups = []
-        for group, index in zip(self.param_groups, self._index, strict=True):
-            numbers = list(range(len(state), len(state) + len(index)))
-            groups.append({**self._check(group), "params": numbers})
-            parts = [(self._parts[k], j) for k, j in index]
-            state += [{name: part.state(name, j) for name in part.states} for part, j in parts]
-        return {
-            "format": _FORMAT,
-            "optimizer": type(self).__name__,
-            "t": self.t,
-            "param_groups": groups,
-            "state": state,
-        }
+        return _state_dict.save(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`: states (in host memory or on a GPU), t and hyperparameters.
@@ -285,46 +281,7 @@ class Optimizer(ABC):
         Raises:
             ValueError, TypeError: it does not fit this optimizer and its parameters. Nothing is changed then.
         """
-        d = state_dict
-        _checks.same_keys("state_dict", d, ("format", "optimizer", "t", "param_groups", "state"))
-        if d["format"] != _FORMAT:
-            raise ValueError(f"state_dict has format {d['format']!r}; this version reads {_FORMAT}")
-        if d["optimizer"] != type(self).__name__:
-            raise ValueError(f"state_dict is of {d['optimizer']!r} but this is {type(self).__name__}")
-        t = _checks.step_number(d["t"], least=0, name='state_dict["t"]')
-        for name, have in (("param_groups", len(self.param_groups)), ("state", sum(map(len, self._index)))):
-            if not isinstance(d[name], list | tuple) or len(d[name]) != have:
-                raise ValueError(f'state_dict["{name}"] should be a list of {have}, got {_checks.kind(d[name])}')
-        hyperparameters = []
-        writes: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-        number = 0
-        for k, index in enumerate(self._index):
-            path = f'state_dict["param_groups"][{k}]'
-            given = d["param_groups"][k]
-            _checks.same_keys(path, given, (*self._names, "params"))
-            numbers = list(range(number, number + len(index)))
-            if not isinstance(given["params"], list | tuple) or list(given["params"]) != numbers:
-                raise ValueError(f'{path}["params"] should be {numbers}, got {given["params"]!r}')
-            hyperparameters.append(self._check(given))
-            wanted = self._update(hyperparameters[-1], 1).rule.states
-            for part, j in ((self._parts[k], j) for k, j in index):
-                if tuple(part.states) != wanted:
-                    raise ValueError(f"{path} asks for states {wanted} but this optimizer has {tuple(part.states)}")
-                name = f'state_dict["state"][{number}]'
-                _checks.same_keys(name, d["state"][number], part.states)
-                for key, buffer in part.states.items():
-                    source = d["state"][number][key]
-                    p = part.parameters[j]
-                    _checks.state(f'{name}["{key}"]', source, p.shape, part.dtype)
-                    # 1-D and of one layout, so that nothing allocates, and so nothing fails, once the writing begins
-                    host = np.array(_memory.on_host(source), order="C" if order(p) == "C" else "F")
-                    writes.append((buffer.memory.assign, (buffer.views[j], ravel(host))))
-                number += 1
-        writes += [(g.update, (values,)) for g, values in zip(self.param_groups, hyperparameters, strict=True)]
-        writes.append((np.copyto, (self._t, np.array([t], np.int64))))
-        with DeferredInterrupt():
-            for write, arguments in writes:
-                write(*arguments)
+        _state_dict.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -347,6 +304,11 @@ class Optimizer(ABC):
 
 
 _MISSING = object()
+
+
+def _is_constant(x: Any) -> bool:
+    """Whether an object can never mean another number than it does now; a list of betas can."""
+    return type(x) in (float, int, bool) or (type(x) is tuple and all(map(_is_constant, x)))
 
 
 def _is_groups(params: Any) -> bool:

@@ -52,7 +52,8 @@ def match(tree: Any, like: Any, path: str) -> Iterator[Any]:
         if len(tree) != len(like):
             raise ValueError(f"{path} has {len(tree)} entries but there are {len(like)} parameters")
         for k, child in enumerate(like):
-            if type(tree[k]) is np.ndarray and isinstance(child, np.ndarray):  # the plain case, quickly
+            kind = type(tree[k])
+            if kind is type(child) and kind not in (dict, tuple):  # an array like the parameter, quickly
                 yield tree[k]
             else:
                 yield from match(tree[k], child, f"{path}[{k}]")

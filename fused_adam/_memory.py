@@ -82,17 +82,20 @@ class Numba:
 
     def __init__(self, device: int | None) -> None:
         from numba import cuda
-        from numba.cuda.cudadrv.driver import device_memset
+        from numba.cuda.cudadrv import driver
 
         self._cuda = cuda
-        self._memset = device_memset
+        self._driver = driver
         self.device = device
 
     def zeros(self, n: int, dtype: np.dtype[Any]) -> Any:
         with self._cuda.gpus[self.device]:
-            a = self._cuda.device_array(n, dtype)
+            try:
+                a = self._cuda.device_array(n, dtype)
+            except self._driver.CudaAPIError as error:
+                raise MemoryError(f"{n * dtype.itemsize} bytes on GPU {self.device}: {error}") from error
             if n:
-                self._memset(a, 0, a.nbytes)
+                self._driver.device_memset(a, 0, a.nbytes)
             self._cuda.synchronize()
         return a
 

@@ -7,7 +7,9 @@ for want of memory, or because a gradient is wrong, happens before the first lau
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
+from operator import is_
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -32,11 +34,11 @@ class Table(Protocol):
 
     address: int
 
-    def write(self, a: Array, stream: int) -> None:
-        """Copy an array there, in the order of the stream; `a` may change once this returns."""
+    def write(self, a: Array, stream: int, wait: bool = False) -> None:
+        """Copy an array there, in the order of the stream, or for all streams if `wait`; `a` may change after it."""
 
 
-class Driver(Protocol):
+class Driver(Hashable, Protocol):
     def kernel(self, made: Source, rule: Rule, dtype: np.dtype[Any], device: int) -> Kernel:
         """Compile, or load from a cache. A kernel that is launched on two streams at once is made twice."""
 
@@ -129,8 +131,8 @@ class _Launch:
             sizes = (geometry.segments.nbytes, 8 * len(geometry.segments), geometry.segment_of_chunk.nbytes)
             self._tables = [self._driver.table(size, self._device) for size in sizes]
             a["segments"], a["gradients"], a["segment_of_chunk"] = (table.address for table in self._tables)
-            self._tables[0].write(geometry.segments, stream)
-            self._tables[2].write(geometry.segment_of_chunk, stream)
+            self._tables[0].write(geometry.segments, stream, wait=True)  # later steps may be on other streams
+            self._tables[2].write(geometry.segment_of_chunk, stream, wait=True)
         self._blocks = geometry.blocks
 
     def __call__(self, gradients: Array | None, coefficients: Sequence[Sequence[float]], stream: int) -> None:
@@ -161,10 +163,12 @@ class Stepper:
         self._writes = writes
         arrays = [a for part in parts for row in part.rows for a in row]
         self._device = next((a.device for a in arrays if a.device >= 0), 0)
+        self._nbytes = {id(part): np.array([row[0].nbytes for row in part.rows], np.int64) for part in parts}
         self._plan: dict[tuple[Any, ...], list[tuple[list[int], _Launch]]] = {}
         self._last: list[Gradients | None] = [None] * len(parts)
         self._pointers: list[Array] = [np.zeros(0, np.int64)] * len(parts)
-        self._current: tuple[Any, ...] = ()
+        self._rules: Sequence[Rule] = []
+        self._current: list[tuple[list[int], _Launch]] = []
         self._alive: list[CudaArray] = []  # what other libraries lent must outlive the launch
 
     def prepare(self, rules: Sequence[Rule]) -> None:
@@ -182,23 +186,28 @@ class Stepper:
     ) -> None:
         """Step number t, with a rule, its coefficients and its gradients for each part."""
         on = self.driver.current_stream(self._device) if stream is None else stream_address(stream)
-        known = [given is last for given, last in zip(gradients, self._last, strict=True)]
-        alive: list[CudaArray] = []
-        pointers = [
-            old if same else self._addresses(part, given, on, alive)
-            for same, old, part, given in zip(known, self._pointers, self._parts, gradients, strict=True)
-        ]
-        flat = [isinstance(given, FlatBuffer) for given in gradients]
-        launches, key = self._launches(rules, flat, on), (tuple(rules), tuple(flat))
-        unchanged = all(known) and key == self._current
-        self._current = ()
+        unchanged = rules == self._rules and all(map(is_, gradients, self._last))
+        if not unchanged:
+            self._look_again(rules, gradients, on)
         with DeferredInterrupt():
-            for parts, launch in launches:
-                rows = None if unchanged else np.concatenate([pointers[k] for k in parts])
+            for parts, launch in self._current:
+                rows = None if unchanged else np.concatenate([self._pointers[k] for k in parts])
                 launch(rows, [coefficients[k] for k in parts], on)
             self._t[0] = t
+        self._rules = rules
+
+    def _look_again(self, rules: Sequence[Rule], gradients: Sequence[Gradients], stream: int) -> None:
+        """Check the gradients and find their addresses, for the launches that fit them."""
+        self._rules = []  # until the step is done
+        alive: list[CudaArray] = []
+        self._pointers = [
+            old if given is last else self._addresses(part, given, stream, alive)
+            for given, last, old, part in zip(gradients, self._last, self._pointers, self._parts, strict=True)
+        ]
+        self._alive = alive
+        # what else is not known by its object next time must not be kept from being freed
         self._last = [g if isinstance(g, FlatBuffer) or g.given else None for g in gradients]
-        self._pointers, self._current, self._alive = pointers, key, alive
+        self._current = self._launches(rules, [isinstance(given, FlatBuffer) for given in gradients], stream)
 
     def _launches(self, rules: Sequence[Rule], flat: Sequence[bool], stream: int) -> list[tuple[list[int], _Launch]]:
         """The parts of each launch, and it; made for each choice of rules, and of runs or rows, on first use."""
@@ -238,8 +247,7 @@ class Stepper:
                 others.append(checked)
                 quick = checked.address
             addresses[k] = quick
-        nbytes = np.array([row[0].nbytes for row in part.rows], np.int64)
-        hit = self._writes.first_overlap(addresses, nbytes)
+        hit = self._writes.first_overlap(addresses, self._nbytes[id(part)])
         if hit >= 0:
             raise _checks.overlap(given.names[hit])
         _order(self.driver, stream, others, self._device)
@@ -247,12 +255,17 @@ class Stepper:
         return addresses
 
 
+@lru_cache(maxsize=64)
+def _kernel(driver: Driver, rule: Rule, dtype: np.dtype[Any], device: int, stream: int) -> Kernel:
+    return driver.kernel(source(rule, dtype), rule, dtype, device)
+
+
 def run(driver: Driver, rule: Rule, coefficients: Sequence[float], p: Any, g: Any, states: Sequence[Any]) -> None:
     """One step on checked 1-D arrays."""
-    stream = driver.current_stream(p.device)
-    made = source(rule, p.dtype)
-    launch = _Launch(driver, driver.kernel(made, rule, p.dtype, p.device), made, p.dtype, p.device)
+    device = max(p.device, 0)
+    stream = driver.current_stream(device)
+    launch = _Launch(driver, _kernel(driver, rule, p.dtype, device, stream), source(rule, p.dtype), p.dtype, device)
     launch.place([(0, (p, *states))], stream)
-    _order(driver, stream, [p, g, *states], p.device)
+    _order(driver, stream, [p, g, *states], device)
     with DeferredInterrupt():
         launch(np.array([g.address], np.int64), [coefficients], stream)

@@ -47,12 +47,14 @@ class _Table:
         self.address = int(self._memory.ptr)
         self._device = device
 
-    def write(self, a: Array, stream: int) -> None:
+    def write(self, a: Array, stream: int, wait: bool = False) -> None:
         with cupy.cuda.Device(self._device), _named(f"copying a table of {a.nbytes} bytes to GPU {self._device}"):
             # from pageable memory: the driver has taken its own copy when this returns
             cupy.cuda.runtime.memcpyAsync(
                 self.address, a.ctypes.data, a.nbytes, cupy.cuda.runtime.memcpyHostToDevice, stream
             )
+            if wait:
+                cupy.cuda.runtime.streamSynchronize(stream)
 
 
 class _Driver:

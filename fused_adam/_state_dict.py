@@ -1,0 +1,78 @@
+"""What an optimizer needs to continue bit for bit, as plain dicts of numbers and arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fused_adam import _checks, _memory
+from fused_adam._arrays import Array, order, ravel
+from fused_adam.backends import DeferredInterrupt
+
+if TYPE_CHECKING:
+    from fused_adam._base import Optimizer
+
+_FORMAT = 1
+
+
+def save(optimizer: Optimizer) -> dict[str, Any]:
+    """See `Optimizer.state_dict`."""
+    state: list[dict[str, Array]] = []
+    groups = []
+    for group, index in zip(optimizer.param_groups, optimizer._index, strict=True):
+        numbers = list(range(len(state), len(state) + len(index)))
+        groups.append({**optimizer._check(group), "params": numbers})
+        parts = [(optimizer._parts[k], j) for k, j in index]
+        state += [{name: part.state(name, j) for name in part.states} for part, j in parts]
+    return {
+        "format": _FORMAT,
+        "optimizer": type(optimizer).__name__,
+        "t": optimizer.t,
+        "param_groups": groups,
+        "state": state,
+    }
+
+
+def load(optimizer: Optimizer, d: Mapping[str, Any]) -> None:
+    """See `Optimizer.load_state_dict`. Everything is checked, and copied to the host, before anything is written."""
+    _checks.same_keys("state_dict", d, ("format", "optimizer", "t", "param_groups", "state"))
+    if d["format"] != _FORMAT:
+        raise ValueError(f"state_dict has format {d['format']!r}; this version reads {_FORMAT}")
+    if d["optimizer"] != type(optimizer).__name__:
+        raise ValueError(f"state_dict is of {d['optimizer']!r} but this is {type(optimizer).__name__}")
+    t = _checks.step_number(d["t"], least=0, name='state_dict["t"]')
+    for name, have in (("param_groups", len(optimizer.param_groups)), ("state", sum(map(len, optimizer._index)))):
+        if not isinstance(d[name], list | tuple) or len(d[name]) != have:
+            raise ValueError(f'state_dict["{name}"] should be a list of {have}, got {_checks.kind(d[name])}')
+    hyperparameters = []
+    writes: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+    number = 0
+    for k, index in enumerate(optimizer._index):
+        path = f'state_dict["param_groups"][{k}]'
+        given = d["param_groups"][k]
+        _checks.same_keys(path, given, (*optimizer._names, "params"))
+        numbers = list(range(number, number + len(index)))
+        if not isinstance(given["params"], list | tuple) or list(given["params"]) != numbers:
+            raise ValueError(f'{path}["params"] should be {numbers}, got {given["params"]!r}')
+        hyperparameters.append(optimizer._check(given))
+        wanted = optimizer._update(hyperparameters[-1], 1).rule.states
+        for part, j in ((optimizer._parts[k], j) for k, j in index):
+            if tuple(part.states) != wanted:
+                raise ValueError(f"{path} asks for states {wanted} but this optimizer has {tuple(part.states)}")
+            name = f'state_dict["state"][{number}]'
+            _checks.same_keys(name, d["state"][number], part.states)
+            for key, buffer in part.states.items():
+                source = d["state"][number][key]
+                p = part.parameters[j]
+                _checks.state(f'{name}["{key}"]', source, p.shape, part.dtype)
+                # 1-D and of one layout, so that nothing allocates, and so nothing fails, once the writing begins
+                host = np.array(_memory.on_host(source), order="C" if order(p) == "C" else "F")
+                writes.append((buffer.memory.assign, (buffer.views[j], ravel(host))))
+            number += 1
+    writes += [(g.update, (values,)) for g, values in zip(optimizer.param_groups, hyperparameters, strict=True)]
+    writes.append((np.copyto, (optimizer._t, np.array([t], np.int64))))
+    with DeferredInterrupt():
+        for write, arguments in writes:
+            write(*arguments)
