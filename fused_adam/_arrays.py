@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,15 @@ class CudaArray:
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """For libraries that do not speak what the array came with. Raises AttributeError unless it is contiguous."""
+        if not self.order:
+            raise AttributeError("its strides are not known")
+        strides = None if self.order == "C" else tuple(accumulate((self.dtype.itemsize, *self.shape[:-1]), mul))
+        described = {"shape": self.shape, "typestr": self.dtype.str, "strides": strides, "stream": self.stream}
+        return described | {"data": (self.address, not self.writable), "version": 3}
 
 
 AnyArray = Array | CudaArray  # what parameters, gradients and states are once they are checked

@@ -67,14 +67,18 @@ class Cupy:
             if view("source", source) is None:
                 destination.set(np.ascontiguousarray(source, destination.dtype))  # without memory of the device's
             else:
-                destination[...] = self._cupy.asarray(source)
+                destination[...] = self._own(source)
             device.synchronize()
 
     def to_host(self, a: Any) -> Array:
         with self._cupy.cuda.Device(self.device) as device:
             device.synchronize()
-            host: Array = self._cupy.asnumpy(self._cupy.asarray(a))
+            host: Array = self._cupy.asnumpy(self._own(a))
         return host
+
+    def _own(self, a: Any) -> Any:
+        """The same memory as an array of CuPy's."""
+        return self._cupy.asarray(a) if hasattr(a, "__cuda_array_interface__") else self._cupy.from_dlpack(a)
 
 
 class Numba:
@@ -102,18 +106,25 @@ class Numba:
     def assign(self, destination: Any, source: Any) -> None:
         with self._cuda.gpus[self.device]:
             self._cuda.synchronize()
-            if view("source", source) is None:
-                source = np.asarray(source, destination.dtype)
-            else:
-                source = self._cuda.as_cuda_array(source)
+            found = view("source", source)
+            if found is not None:
+                source = self._own(source)
+                if found.order != "C" or found.dtype != destination.dtype:  # Numba copies bytes only
+                    source = source.copy_to_host()
+            if isinstance(source, np.ndarray | np.generic):
+                source = np.ascontiguousarray(source, destination.dtype).reshape(destination.shape)
             destination.copy_to_device(source)
             self._cuda.synchronize()
 
     def to_host(self, a: Any) -> Array:
         with self._cuda.gpus[self.device]:
             self._cuda.synchronize()
-            host: Array = self._cuda.as_cuda_array(a).copy_to_host()
+            host: Array = self._own(a).copy_to_host()
         return host
+
+    def _own(self, a: Any) -> Any:
+        """The same memory as an array of Numba's, which knows nothing of DLPack."""
+        return self._cuda.as_cuda_array(a if hasattr(a, "__cuda_array_interface__") else view("it", a))
 
 
 HOST: Memory = Host()
