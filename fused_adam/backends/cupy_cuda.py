@@ -24,6 +24,10 @@ def unusable() -> str:
     """Why this backend cannot run although it can be imported; "" if it can."""
     if cupy.cuda.runtime.is_hip:
         return "this CuPy is built for ROCm, on which nothing here is proven; install CuPy for CUDA"
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CuPy cannot use the driver: {error}; install the CuPy for its version of CUDA, or a newer driver"
     return ""
 
 

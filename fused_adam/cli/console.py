@@ -47,7 +47,7 @@ def _rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     for k, name in enumerate(header):
         grid.add_column(name, no_wrap=k < len(header) - 1, overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(cell, style=_COLOURS.get(cell, "")) for cell in row))
+        grid.add_row(*(Text(cell, style=_COLOURS.get(cell.partition(":")[0], "")) for cell in row))
     console = Console(highlight=False)
     console.print(Text(title, style="bold"))  # a title of the table itself would wrap to the table's width
     console.print(grid)
@@ -68,20 +68,23 @@ def emit_json(document: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[int, float], None]]:
-    """Yields update(step, loss), which shows the loss and the steps per second ten times a second on a terminal."""
+def progress(total: int) -> Iterator[Callable[[int, Any], None]]:
+    """Yields update(step, loss), which shows the loss and the steps per second ten times a second on a terminal.
+
+    Only then is the loss read: on a GPU that waits for it.
+    """
     if not sys.stderr.isatty():
         yield lambda step, loss: None
         return
     show, close = (_rich_bar if _use_rich(sys.stderr) else _plain_bar)(total)
     start = shown = time.perf_counter()
 
-    def update(step: int, loss: float) -> None:
+    def update(step: int, loss: Any) -> None:
         nonlocal shown
         now = time.perf_counter()
         if now - shown > 0.1 or step == total:
             shown = now
-            show(step, f"loss {loss:.6f}, {step / (now - start):,.0f} steps/s")
+            show(step, f"loss {float(loss):.6f}, {step / (now - start):,.0f} steps/s")
 
     try:
         yield update

@@ -8,6 +8,7 @@ import sys
 from importlib.util import find_spec
 
 import fused_adam
+from fused_adam.backends import ON_GPU
 from fused_adam.cli import info, plot, train
 from fused_adam.cli.exit_codes import CommandError, Exit
 from fused_adam.cli.tasks import TASKS
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     plot.check(args.plot)
     info.run(argparse.Namespace(json=False))
 
-    available = [name for name, ok, _ in fused_adam.backends() if ok]
+    available = [name for name, ok, _ in fused_adam.backends() if ok and name not in ON_GPU]  # the arrays are NumPy's
     runs = []
     for task in TASKS.values():
         first, *others = [train.train(task, backend=name, seed=args.seed) for name in available]

@@ -1,4 +1,4 @@
-"""Show the environment: backends, versions, threads, caches and variables."""
+"""Show the environment: backends, versions, GPUs, threads, caches and variables."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 import fused_adam
-from fused_adam.cli import console
+from fused_adam.cli import console, gpu
 from fused_adam.cli.exit_codes import Exit
 
 BACKENDS = ("auto", "cupy", "numba-cuda", "numba", "numpy")
-_PACKAGES = ("numpy", "numba", "llvmlite", "torch", "scikit-learn", "matplotlib", "plotext", "rich")
+_PACKAGES = ("numpy", "numba", "llvmlite", "numba-cuda", "torch", "scikit-learn", "matplotlib", "plotext", "rich")
 _CUPY = ("cupy", "cupy-cuda12x", "cupy-cuda13x")  # the same module under three names
 _VARIABLES = (
     "FUSED_ADAM_", "NUMBA_", "OMP_", "GOMP_", "KMP_", "TBB_", "OPENBLAS_", "MKL_", "CUPY_", "CUDA_", "NO_COLOR",
@@ -39,30 +39,35 @@ def run(args: argparse.Namespace) -> int:
         for b in report["backends"]
     ]
     console.table("backends", ["name", "available", "reason"], rows)
-    for section in ("versions", "machine", "threads", "caches", "environment"):
+    for section in ("versions", "machine", "gpu", "threads", "caches", "environment"):
         values = {k: "not installed" if v is None else str(v) for k, v in report[section].items()}
-        console.table(section, ["", ""], [[k, v] for k, v in values.items()] or [["(none set)", ""]])
+        console.table(section, ["", ""], [[k, v] for k, v in values.items()] or [["(none)", ""]])
     return Exit.OK
 
 
 def collect() -> dict[str, Any]:
-    """Everything that can change which backend runs or how fast, without importing PyTorch or CuPy."""
+    """Everything that can change which backend runs or how fast. Imports CuPy only beside a GPU, and never PyTorch."""
     backends = []
     for name, available, why in fused_adam.backends():
         reason, _, fix = why.partition("; ")  # messages say what is wrong, then what to do
         backends.append({"name": name, "available": available, "reason": reason, "fix": fix})
     numba_works = any(b["name"] == "numba" and b["available"] for b in backends)
+    found = versions()
+    caches = {"numba kernels": _numba_cache()} if numba_works else {}
+    if found["cupy"]:
+        caches["cupy kernels"] = _cupy_cache()
     return {
         "backends": backends,
-        "versions": versions(),
+        "versions": found,
         "machine": {
             "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
             "cpu": _cpu_name(),
             "cpu count": os.cpu_count(),
             "cpus this process may use": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         },
+        "gpu": gpu.facts(),
         "threads": _numba_threads() if numba_works else {},
-        "caches": {"numba kernels": _numba_cache()} if numba_works else {},
+        "caches": caches,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
     }
 
@@ -110,6 +115,19 @@ def _numba_cache() -> str:
         folder, why = package, ""
     else:
         return "in Numba's folder for this user, since the package's own is read-only"
-    files = list(folder.rglob("*.nbc"))
+    return _contents(folder, "*.nbc") + why
+
+
+def _cupy_cache() -> str:
+    """Where CuPy keeps compiled kernels, read as it reads it: importing it would take a second."""
+    if os.environ.get("CUPY_CACHE_IN_MEMORY") == "1":
+        return "in memory only, compiled anew in each process (CUPY_CACHE_IN_MEMORY)"
+    named = os.environ.get("CUPY_CACHE_DIR")
+    folder = Path(named) if named is not None else Path.home() / ".cupy" / "kernel_cache"
+    return _contents(folder, "*.cubin") + (" (CUPY_CACHE_DIR)" if named is not None else "")
+
+
+def _contents(folder: Path, pattern: str) -> str:
+    files = list(folder.rglob(pattern))
     size = sum(f.stat().st_size for f in files)
-    return f"{len(files)} compiled functions, {size / 1e6:.1f} MB, under {folder}{why}"
+    return f"{len(files)} compiled functions, {size / 1e6:.1f} MB, under {folder}"

@@ -1,4 +1,4 @@
-"""A two-layer ReLU network in plain array code: NumPy arrays today, CuPy arrays unchanged.
+"""A two-layer ReLU network in plain array code, which NumPy runs on the CPU and CuPy on a GPU.
 
 Parameters and gradients live in flat buffers, so one fused step updates all four arrays.
 """
@@ -39,8 +39,8 @@ def forward(params: Any, x: Any) -> tuple[Any, Any]:
     return hidden, hidden @ params["W2"] + params["b2"]
 
 
-def backward(params: Any, grads: Any, x: Any, y: Any, loss: Loss) -> float:
-    """Write the gradients of the mean loss into the views of `grads`; returns the loss."""
+def backward(params: Any, grads: Any, x: Any, y: Any, loss: Loss) -> Any:
+    """Write the gradients of the mean loss into the views of `grads`; returns the loss, which is left on the device."""
     hidden, outputs = forward(params, x)
     value, d_outputs = loss(outputs, y)
     d_hidden = (d_outputs @ params["W2"].T) * (hidden > 0)
@@ -48,7 +48,7 @@ def backward(params: Any, grads: Any, x: Any, y: Any, loss: Loss) -> float:
     grads["b2"] = d_outputs.sum(axis=0)
     grads["W1"] = x.T @ d_hidden
     grads["b1"] = d_hidden.sum(axis=0)
-    return float(value)
+    return value
 
 
 def squared_error(outputs: Any, y: Any) -> tuple[Any, Any]:

@@ -1,6 +1,7 @@
 """Train a small network: the founding regression, or real handwritten digits.
 
-With one seed the printed numbers are the same for every backend. The learning rate falls linearly to zero.
+With one seed the printed numbers are the same for every backend of a device; the network's own arithmetic differs
+between NumPy and CuPy. The learning rate falls linearly to zero.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any
 import numpy as np
 
 import fused_adam
-from fused_adam.cli import console, info, network, plot
+from fused_adam.cli import console, gpu, info, network, plot
 from fused_adam.cli.exit_codes import CommandError, Exit
 from fused_adam.cli.tasks import RULES, TASKS, Data, Task
 
 REPORTS = 10  # rows in the printed table
+UNREAD = 100  # losses that stay on the device before they are read at once: reading waits for all work
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Run:
     batch: int
     dtype: str
     seed: int
+    device: str
     backend: str
     planned_steps: int
     losses: list[float] = field(default_factory=list)
@@ -63,7 +66,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--epochs", type=_count, help="how many passes over the training samples")
     parser.add_argument("--batch", type=_count, help="samples in a step: 32 for the digits, all for the regression")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--backend", choices=info.BACKENDS, default="auto")
+    parser.add_argument("--device", choices=gpu.DEVICES, default="cpu", help="cuda: all arrays are CuPy's, on a GPU")
+    parser.add_argument("--backend", choices=info.BACKENDS, default="auto", help="of the step, the fastest by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", metavar="FILE.png", help="draw the loss into this file")
     parser.add_argument("--json", action="store_true", help="print one JSON document, with the loss of every step")
@@ -89,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         epochs=args.epochs,
         batch=args.batch,
         dtype=args.dtype,
+        device=args.device,
         backend=args.backend,
         seed=args.seed,
     )
@@ -118,18 +123,21 @@ def train(
     epochs: int | None = None,
     batch: int | None = None,
     dtype: str = "float32",
+    device: str = "cpu",
     backend: str = "auto",
     seed: int = 0,
 ) -> Run:
     """Train until done, until Ctrl-C or until the loss is not finite; None stands for the task's default."""
+    xp = gpu.arrays(device, backend)
     rng = np.random.default_rng(seed)
     loaded = task.load(rng)
-    data = Data(*(a.astype(dtype) for a in (loaded.x, loaded.y, loaded.x_test, loaded.y_test)))
-    params = fused_adam.flatten(network.initial(task.sizes, rng, dtype))
-    grads = params.zeros_like()
+    initial = network.initial(task.sizes, rng, dtype)
     rule = rule or task.rule
     lr = task.lr[rule] if lr is None else lr
     try:
+        data = Data(*(xp.asarray(a.astype(dtype)) for a in (loaded.x, loaded.y, loaded.x_test, loaded.y_test)))
+        params = fused_adam.flatten({name: xp.asarray(a) for name, a in initial.items()})
+        grads = params.zeros_like()
         optimizer = RULES[rule](params, lr=lr, backend=backend)
         optimizer.prepare()
     except RuntimeError as error:
@@ -140,36 +148,51 @@ def train(
     samples = len(data.x)
     batch = min(batch or task.batch or samples, samples)
     steps = steps or (epochs or task.epochs) * -(-samples // batch)
-    result = Run(task, rule, lr, batch, dtype, seed, optimizer.backend, steps)
+    result = Run(task, rule, lr, batch, dtype, seed, device, optimizer.backend, steps)
     every = max(steps // REPORTS, 1)
+    unread: list[Any] = []
     start = time.perf_counter()
     try:
         with console.progress(steps) as show, np.errstate(all="ignore"):  # a loss that overflows is reported below
-            for step, rows in zip(range(1, steps + 1), _batches(rng, samples, batch), strict=False):
+            for step, rows in zip(range(1, steps + 1), _batches(xp, rng, samples, batch), strict=False):
                 loss = network.backward(params, grads, data.x[rows], data.y[rows], task.loss)
-                result.losses.append(loss)
-                if result.diverged:
-                    break
+                unread.append(loss)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * (1 - (step - 1) / steps)
                 optimizer.step(grads)
                 show(step, loss)
-                if step % every == 0 or step == steps:
+                report = step % every == 0 or step == steps
+                if report or len(unread) == UNREAD:
+                    _read(unread, result)
+                if result.diverged:
+                    break
+                if report:
                     result.points.append(_evaluate(step, params, data, task))
     except KeyboardInterrupt:
         result.interrupted = True
-        if result.losses and (not result.points or result.points[-1].step < len(result.losses)):
+        _read(unread, result)
+        if result.losses and not result.diverged and (not result.points or result.points[-1].step < len(result.losses)):
             result.points.append(_evaluate(len(result.losses), params, data, task))
     result.seconds = time.perf_counter() - start
     return result
 
 
-def _batches(rng: np.random.Generator, samples: int, batch: int) -> Iterator[Any]:
+def _read(unread: list[Any], result: Run) -> None:
+    """Take the losses to the host, up to the first that is not finite."""
+    if unread:
+        losses = network.namespace(unread[0]).stack(unread).tolist()
+        unread.clear()
+        for loss in losses:
+            if not result.diverged:
+                result.losses.append(loss)
+
+
+def _batches(xp: Any, rng: np.random.Generator, samples: int, batch: int) -> Iterator[Any]:
     """Rows of each step's batch, without end; every epoch in a new order."""
     while batch == samples:
         yield slice(None)
     while True:
-        order = rng.permutation(samples)
+        order = xp.asarray(rng.permutation(samples))
         for start in range(0, samples, batch):
             yield order[start : start + batch]
 

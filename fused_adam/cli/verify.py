@@ -3,7 +3,8 @@
 Two checks a rule. Accuracy: one step from random states, compared with the oracle in extended precision, in ulps of the
 update (and of each state) beyond the one rounding of p itself. Where terms of opposite sign cancel, an ulp of a term is
 many ulps of the result in any order of operations, so these inputs share a sign. Identity: on inputs of any sign and
-size, with infinities, NaN, -0 and subnormals, all backends must return the same bytes (all NaNs count as one).
+size, with infinities, NaN, -0 and subnormals, all backends must return the same bytes (all NaNs count as one). Inputs
+are copied to a GPU for the backends that step there, and the results back.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import fused_adam
-from fused_adam.cli import console, info, oracle
+from fused_adam.cli import console, gpu, info, oracle
 from fused_adam.cli.exit_codes import CommandError, Exit
 
 LIMIT = 10.0  # ulps of the update, and of a state
@@ -94,11 +95,14 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--size should be at least 1 and --seed at least 0", Exit.USAGE)
     backends = _chosen_backends(args.backend)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    results = [
-        check(case, dtype, backends, np.random.default_rng([seed, k]), args.size)
-        for k, case in enumerate(_cases())
-        for dtype in DTYPES
-    ]
+    try:
+        results = [
+            check(case, dtype, backends, np.random.default_rng([seed, k]), args.size)
+            for k, case in enumerate(_cases())
+            for dtype in DTYPES
+        ]
+    except RuntimeError as error:  # of a compiler, or a GPU in another's exclusive use
+        raise CommandError(str(error), Exit.UNAVAILABLE) from None
     flushed = flush_to_zero()
     right = not flushed and all(r.right for r in results)
     if args.json:
@@ -112,11 +116,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _chosen_backends(named: str | None) -> list[str]:
     """NumPy first: it is always there, and the others are compared with it."""
-    available = {name: ok for name, ok, _ in fused_adam.backends()}
-    if named and not available[named]:
-        reason = next(why for name, _, why in fused_adam.backends() if name == named)
-        raise CommandError(f"backend {named!r} is not available: {reason}", Exit.UNAVAILABLE)
-    others = [named] if named else [name for name, ok in available.items() if ok]
+    if named:
+        gpu.require(named)
+    others = [named] if named else [name for name, ok, _ in fused_adam.backends() if ok]
     return ["numpy", *(name for name in others if name != "numpy")]
 
 
@@ -155,15 +157,15 @@ def _largest(errors: Any) -> float:
 
 def _step(case: Case, inputs: Arrays, t: int, backend: str) -> Arrays:
     """p and the states after step t through the public API; the inputs stay as they are."""
-    p = inputs["p"].copy()
+    p, g = (gpu.copy_to(backend, inputs[name]) for name in "pg")
     optimizer = case.make(p, backend=backend, **case.hyper)
     state = optimizer.state_dict()
     for name in state["state"][0]:
         state["state"][0][name][...] = inputs[name]
     optimizer.load_state_dict(state | {"t": t - 1})
     with np.errstate(all="ignore"):
-        optimizer.step(inputs["g"])
-    return {"p": p, **optimizer.state_dict()["state"][0]}
+        optimizer.step(g)
+    return {"p": gpu.to_host(backend, p), **optimizer.state_dict()["state"][0]}
 
 
 def _same_sign_inputs(
@@ -208,10 +210,12 @@ def flush_to_zero() -> bool:
 def _print(results: list[Result], backends: list[str], seed: int, size: int, flushed: bool) -> None:
     rows = []
     for r in results:
-        marks = ["identical" if r.identical[b] else "DIFFERENT" for b in backends[1:]]
-        rows.append([r.rule, r.dtype, f"{r.update_ulps:.2f}", f"{r.state_ulps:.2f}", *marks])
-    header = ["rule", "dtype", "update ulp", "state ulp", *backends[1:]]
-    console.table(f"largest error of one step, {size:,} elements, seed {seed}; bits against NumPy's\n", header, rows)
+        different = [name for name, same in r.identical.items() if not same]
+        mark = f"DIFFERENT: {', '.join(different)}" if different else "identical" if backends[1:] else ""
+        rows.append([r.rule, r.dtype, f"{r.update_ulps:.2f}", f"{r.state_ulps:.2f}", mark])
+    header = ["rule", "dtype", "update ulp", "state ulp", "bits" if backends[1:] else ""]
+    title = f"{', '.join(backends)}: largest error of one step, {size:,} elements, seed {seed}\n"
+    console.table(title, header, rows)
 
     wrong = [r for r in results if not r.right]
     if flushed:
