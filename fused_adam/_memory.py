@@ -56,23 +56,23 @@ class Cupy:
         self.device = device
 
     def zeros(self, n: int, dtype: np.dtype[Any]) -> Any:
-        with self._cupy.cuda.Device(self.device) as device:
+        with self._cupy.cuda.Device(self.device):
             a = self._cupy.zeros(n, dtype)
-            device.synchronize()
+            self._cupy.cuda.runtime.deviceSynchronize()
         return a
 
     def assign(self, destination: Any, source: Any) -> None:
-        with self._cupy.cuda.Device(self.device) as device:
-            device.synchronize()
+        with self._cupy.cuda.Device(self.device):
+            self._cupy.cuda.runtime.deviceSynchronize()
             if view("source", source) is None:
                 destination.set(np.ascontiguousarray(source, destination.dtype))  # without memory of the device's
             else:
                 destination[...] = self._own(source)
-            device.synchronize()
+            self._cupy.cuda.runtime.deviceSynchronize()
 
     def to_host(self, a: Any) -> Array:
-        with self._cupy.cuda.Device(self.device) as device:
-            device.synchronize()
+        with self._cupy.cuda.Device(self.device):
+            self._cupy.cuda.runtime.deviceSynchronize()
             host: Array = self._cupy.asnumpy(self._own(a))
         return host
 
