@@ -217,15 +217,18 @@ def rules_header() -> str:
 
 
 def numba_source(rule: Rule) -> str:
-    """A loop over n elements; row holds the addresses of p, g and the states, c the coefficients as float64."""
+    """A loop over n elements; row holds the addresses of p, g and the states, c the coefficients as float64.
+
+    A rule's names do not begin with "_", so that __n is state n's array and _n the loop's own.
+    """
     arrays = ("p", "g", *rule.states)
     lines = ["def kernel(_row, _lo, _n, _c):"]
-    lines += [f"    _{a} = _view(_row[{k}], _lo, _n, _T)" for k, a in enumerate(arrays)]
+    lines += [f"    __{a} = _view(_row[{k}], _lo, _n, _T)" for k, a in enumerate(arrays)]
     lines += [f"    {c} = _T(_c[{k}])" for k, c in enumerate(rule.coefficients)]
     lines += ["    for _i in range(_n):"]
-    lines += [f"        {a} = _{a}[_i]" for a in arrays]
+    lines += [f"        {a} = __{a}[_i]" for a in arrays]
     lines += [f"        {a.text}" for a in rule.assignments]
-    lines += [f"        _{a}[_i] = {a}" for a in rule.outputs]
+    lines += [f"        __{a}[_i] = {a}" for a in rule.outputs]
     return "\n".join(lines) + "\n"
 
 

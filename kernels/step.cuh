@@ -7,12 +7,6 @@
 #ifndef FUSED_ADAM_STEP_CUH
 #define FUSED_ADAM_STEP_CUH
 
-#if !defined(__CUDACC__)
-#include <cmath>
-#define __device__
-#define __forceinline__ inline
-#endif
-
 #if defined(__CUDA_ARCH__)
 #define FUSED_ADAM_BINARY(operator_, plain, ptx, N, number, r)                                                         \
     __device__ __forceinline__ N operator_(N a, N b) {                                                                 \

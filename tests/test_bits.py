@@ -1,17 +1,15 @@
-"""The same bits everywhere: NumPy, Numba and the printed CUDA C++ built for the host, all NaNs taken as one.
+"""The same bits everywhere: NumPy, Numba and the CUDA kernel built for the host, all NaNs taken as one.
 
 Every rule behind every prelude that a class uses runs on the three of them, over any values, sizes and places.
 """
 
 from __future__ import annotations
 
-import ctypes
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import exact
-import host_cpp
 import numpy as np
 import pytest
 from bits import (
@@ -27,27 +25,23 @@ from bits import (
     variant_id,
 )
 from conftest import BACKENDS, require
+from host_kernel import HostKernel
 
 from fused_adam import _codegen
 from fused_adam._codegen import bind
 from fused_adam._rules import RULES
+from fused_adam.backends import _cuda_source
 
 # Every tail of any vector width and unrolling; around NumPy's chunk, Numba's chunk and Numba's parallel threshold.
 SIZES = (*range(68), 127, 128, 129, 255, 257, 1000, 1025, 4097)
 LARGE = (2**15 - 1, 2**15, 2**15 + 1, 2**16 + 1, 2**18 - 1, 2**18, 300_001)
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return host_cpp.build(tmp_path_factory.mktemp("host_cpp"), VARIANTS)
-
-
 @pytest.fixture(params=(*BACKENDS, "c++"))
 def runner(request: pytest.FixtureRequest) -> Any:
     """step(rule, coefficients, arrays): p, g and the states, 1-D, in place."""
     if request.param == "c++":
-        loaded = request.getfixturevalue("library")
-        return lambda *arguments: host_cpp.run(loaded, *arguments)
+        return lambda rule, values, arrays: HostKernel(rule, arrays[0].dtype).alone(values, arrays)
     if request.param == "numba":
         require("numba")
     return lambda *arguments: run(request.param, *arguments)
@@ -116,7 +110,7 @@ def test_variants_are_what_the_classes_use() -> None:
 
 
 def test_header_is_fresh() -> None:
-    text = host_cpp.kernel_path("rules.cuh").read_text()
+    text = (_cuda_source.folder() / "rules.cuh").read_text()
     assert text == _codegen.rules_header(), "kernels/rules.cuh is stale: run `make kernels`"
     assert "Generated" in text.splitlines()[0]
 
@@ -127,7 +121,7 @@ def test_stale_header_is_noticed(
 ) -> None:
     """What `make check` runs, beside a copy of the header."""
     (tmp_path / "kernels").mkdir()
-    text = host_cpp.kernel_path("rules.cuh").read_text()
+    text = (_cuda_source.folder() / "rules.cuh").read_text()
     (tmp_path / "kernels" / "rules.cuh").write_text(text.replace(*change))
     monkeypatch.setattr(_codegen, "__file__", str(tmp_path / "fused_adam" / "_codegen.py"))
     assert _codegen.main(["--check"]) == code

@@ -1,4 +1,4 @@
-"""A user's own rules have the same bits everywhere too: NumPy, Numba and the printed C++, as for the built-in ones.
+"""A user's own rules have the same bits everywhere too: NumPy, Numba and the CUDA kernel, as for the built-in ones.
 
 They reach what the built-in rules do not: every intrinsic on every pair of special values, locals, an assigned g, and
 expressions that need many scratch rows at once.
@@ -14,11 +14,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import host_cpp
 import numpy as np
 import pytest
 from bits import DTYPES, assert_arrays, copies, inputs, run, specials
 from conftest import require
+from host_kernel import HostKernel
 
 import fused_adam
 from fused_adam._codegen import Rule, parse
@@ -43,12 +43,12 @@ def in_place(p, g, a, b):
     return p, a, b
 
 
-def assert_same_everywhere(rule: Rule, values: list[float], given: list[Any], library: Any) -> list[Any]:
+def assert_same_everywhere(rule: Rule, values: list[float], given: list[Any]) -> list[Any]:
     require("numba")
     results = {name: copies(given) for name in ("numpy", "numba", "c++")}
     run("numpy", rule, values, results["numpy"])
     run("numba", rule, values, results["numba"])
-    host_cpp.run(library, rule, values, results["c++"])
+    HostKernel(rule, given[0].dtype).alone(values, results["c++"])
     p, _, *states = results["numpy"]
     for name, result in results.items():
         assert_arrays(rule, result, [p, given[1], *states], name)  # g is as it was, for NumPy too
@@ -60,15 +60,14 @@ def _maximum(x: float, y: float) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_intrinsics(dtype: Any, tmp_path: Path) -> None:
+def test_intrinsics(dtype: Any) -> None:
     """All pairs of special values, in a vector loop's places and its tail's, and what DESIGN.md says they give."""
     rules = [parse(f) for f in (intrinsics, in_place)]
-    library = host_cpp.build(tmp_path, own=rules)
     x, y = (z.ravel() for z in np.meshgrid(specials(dtype), specials(dtype)))
     for rule in rules:
         for shift in range(9):
             given = [np.roll(x, shift), np.roll(y, shift), *(np.roll(x, 7 * k) for k in range(len(rule.states)))]
-            result = assert_same_everywhere(rule, [], given, library)
+            result = assert_same_everywhere(rule, [], given)
             if rule.name == "intrinsics":
                 _, _, larger, smaller, sign, _, root = result
                 pairs = list(zip(given[0].tolist(), given[1].tolist(), strict=True))
@@ -119,13 +118,26 @@ def test_rules_at_random(tmp_path: Path) -> None:
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(module)  # type: ignore[union-attr]
     rules = [parse(getattr(module, name)) for name in names]
-    library = host_cpp.build(tmp_path, own=rules)
     for k, rule in enumerate(rules):
         dtype = DTYPES[k % 2]
         given = inputs(rule, dtype, 3001, share=0.05)
-        result = assert_same_everywhere(rule, [0.1, 1e-3], given, library)
+        result = assert_same_everywhere(rule, [0.1, 1e-3], given)
         finite = np.mean([np.isfinite(result[j]).mean() for j in (0, 2, 3)])
         assert finite > 0.3, f"{rule.name} tells nothing: {finite:.0%} of its results are finite"
+
+
+def crowded(p, g, n, i, lo, c, row, view, kernel):
+    """Every name is one that the loop around a rule uses too."""
+    n = n + c * g
+    i = n - row * i
+    lo = view * i + kernel * lo
+    p = p - c * lo
+    return p, n, i, lo
+
+
+def test_names_of_the_loops_own() -> None:
+    rule = parse(crowded)
+    assert_same_everywhere(rule, [0.1, 0.2, 0.3, 0.4], inputs(rule, np.float32, 1000, share=0.05))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,84 @@
+"""Runs the Numba CUDA kernels of one dtype in Numba's simulator, which NUMBA_ENABLE_CUDASIM=1 chooses at its import.
+
+What a device does in one PTX instruction is here NumPy's operation on two scalars, and its memory is the host's.
+Prints each rule that gave NumPy's bits, and raises at the first that did not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import operator
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from host_kernel import HostKernel
+from numba import config, cuda
+from numba_cuda_cases import RULES, check
+
+from fused_adam._codegen import Rule
+from fused_adam.backends._cuda_source import source
+from fused_adam.backends._numba_cuda_kernels import define
+
+THREADS = 4  # of a block; each is a thread of Python's
+SIZES = (0, 1, 3, 4, 127, 128, 129, 1000)
+
+
+def stand_ins(dtype: np.dtype[Any]) -> dict[str, Any]:
+    """What `on_device` is on a device."""
+    number = dtype.type
+    stored = {4: ctypes.c_float, 8: ctypes.c_double}[dtype.itemsize]
+
+    def load(n: int) -> Callable[[int], Any]:
+        def loaded(address: int) -> Any:
+            assert address % (n * dtype.itemsize) == 0, "misaligned"
+            return tuple(number(x) for x in (stored * n).from_address(address))
+
+        return loaded
+
+    def store(n: int) -> Callable[[int, Any], None]:
+        def to(address: int, values: Any) -> None:
+            assert address % (n * dtype.itemsize) == 0, "misaligned"
+            assert len(values) == n and {type(x) for x in values} == {number}
+            (stored * n).from_address(address)[:] = values
+
+        return to
+
+    names: dict[str, Any] = {
+        "add": operator.add,
+        "subtract": operator.sub,
+        "multiply": operator.mul,
+        "divide": operator.truediv,
+        "sqrt": np.sqrt,
+        "absolute": abs,
+        "maximum": lambda a, b: a if a > b or a != a else b,
+        "minimum": lambda a, b: a if b > a or a != a else b,
+        "sign": lambda a: number(a > 0) - number(a < 0),
+        "_int32": lambda address: ctypes.c_int32.from_address(address).value,
+        "_int64": lambda address: ctypes.c_int64.from_address(address).value,
+    }
+    for n, suffix in itertools.product((1, 16 // dtype.itemsize), ("", "_once")):
+        names |= {f"_load{n}{suffix}": load(n), f"_store{n}{suffix}": store(n)}
+    return names
+
+
+class Simulated(HostKernel):
+    def __init__(self, rule: Rule, dtype: np.dtype[Any]) -> None:
+        self.source = source(rule, dtype)
+        kernel = cuda.jit(define(rule, dtype, stand_ins(dtype)))
+        self.launch = lambda blocks, arguments: kernel[blocks, THREADS](arguments.ctypes.data)
+
+
+if __name__ == "__main__":
+    assert config.ENABLE_CUDASIM
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of overflow and NaN
+    dtype = np.dtype(sys.argv[1])
+    for rule in RULES:
+        kernel = Simulated(rule, dtype)
+        for chunk, off in itertools.product((128, 256), (False, True)):
+            check(kernel, rule, dtype, chunk, SIZES, off)
+            check(kernel, rule, dtype, chunk, [300], off)
+        print(rule.name)

@@ -1,0 +1,114 @@
+"""PTX, run on the host: a kernel's one entry as a Python function of one thread, over the host's memory.
+
+It knows the few instructions that a step consists of and refuses any other. Integers wrap at 64 bits, floats are NumPy
+scalars, whose operations round as the instructions do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Thread = Callable[..., None]  # (parameter, ctaid_x, tid_x, ntid_x)
+
+_COMPARED = {"eq": "==", "ne": "!=", "neu": "!=", "lt": "<", "gt": ">", "ge": ">="}
+_INTEGER = {
+    "add.s64": "{1} + {2}",
+    "sub.s64": "{1} - {2}",
+    "mul.lo.s64": "{1} * {2}",
+    "mul.wide.s32": "{1} * {2}",
+    "shl.b64": "{1} << {2}",
+    "and.b64": "{1} & {2}",
+    "or.b64": "{1} | {2}",
+    "min.s64": "min({1}, {2})",
+    "selp.b64": "{1} if {3} else {2}",
+    "cvt.s64.s32": "{1}",
+    "mov.u32": "{1}",
+    "mov.u64": "{1}",
+    "ld.param.u64": "parameter",
+}
+_FLOAT = {
+    "add.rn": "{1} + {2}",
+    "sub.rn": "{1} - {2}",
+    "mul.rn": "{1} * {2}",
+    "div.rn": "{1} / {2}",
+    "sqrt.rn": "sqrt({1})",
+    "abs": "abs({1})",
+    "mov": "{1}",
+    "selp": "{1} if {3} else {2}",
+}
+_STORED = {"s32": ctypes.c_int32, "s64": ctypes.c_int64, "f32": ctypes.c_float, "f64": ctypes.c_double}
+_NUMBERS = {"f32": np.float32, "f64": np.float64}
+
+
+def _wrapped(x: int) -> int:
+    return (x + 2**63) % 2**64 - 2**63
+
+
+def _load(kind: str, n: int, address: int) -> Any:
+    nbytes = n * ctypes.sizeof(_STORED[kind])
+    assert address % nbytes == 0, f"a load of {nbytes} bytes from {address:#x}"
+    values = (_STORED[kind] * n).from_address(address)
+    return [_NUMBERS[kind](x) for x in values] if kind in _NUMBERS else list(values)
+
+
+def _store(kind: str, n: int, address: int, *values: Any) -> None:
+    nbytes = n * ctypes.sizeof(_STORED[kind])
+    assert address % nbytes == 0, f"a store of {nbytes} bytes to {address:#x}"
+    assert len(values) == n and all(type(x) is _NUMBERS[kind] for x in values)
+    (_STORED[kind] * n).from_address(address)[:] = values
+
+
+def _statement(opcode: str, operands: list[str]) -> str:
+    """An instruction in Python."""
+    name, _, kind = opcode.rpartition(".")
+    if opcode in _INTEGER:
+        return f"{operands[0]} = wrapped({_INTEGER[opcode].format(*operands)})"
+    if opcode == "or.pred":
+        return f"{operands[0]} = {operands[1]} or {operands[2]}"
+    if access := re.fullmatch(r"(ld|st)\.global(?:\.cs)?(?:\.v(\d))?", name):
+        (address,) = (o.strip("[]") for o in operands if o.startswith("["))
+        (values,) = (o.strip("{}") for o in operands if not o.startswith("["))
+        what = f"{kind!r}, {access[2] or 1}, {address}"
+        return f"[{values}] = load({what})" if access[1] == "ld" else f"store({what}, {values})"
+    if kind in _NUMBERS:  # whose literals are 0f and eight digits, 0d and sixteen, or decimal
+        operands = [re.sub(r"^0[fd](\w+)$", rf"bits('{kind}', 0x\1)", o) for o in operands]
+        operands = [re.sub(r"^-?\d+\.\d+$", rf"{kind}(\g<0>)", o) for o in operands]
+    if (compared := re.fullmatch(r"setp\.(\w+)", name)) and kind in (*_NUMBERS, "s64"):
+        return f"{operands[0]} = {operands[1]} {_COMPARED[compared[1]]} {operands[2]}"
+    if kind in _NUMBERS and name in _FLOAT:
+        return f"{operands[0]} = {_FLOAT[name].format(*operands)}"
+    raise NotImplementedError(opcode)
+
+
+def thread(ptx: str) -> Thread:
+    """What one thread does."""
+    text = re.sub(r"//.*", "", ptx)
+    (body,) = re.findall(r"\n\{\n(.*)\n\}", text, re.DOTALL)
+    body = re.sub(r"\{ (\.reg .*?)\}\n", r"\1\n", body)  # the block around an inline instruction
+    body = re.sub(r"\.(reg|pragma)[^;]*;", "", body).replace("%", "")
+    body = re.sub(r"\b(ctaid|tid|ntid)\.x", r"\1_x", body)
+    pieces = re.split(r"\$(\w+):", body)  # text before a label, the label, the text after it, the next label, ...
+    places = {label: k for k, label in enumerate(pieces[1::2], start=1)}
+    lines = ["def thread(parameter, ctaid_x, tid_x, ntid_x):", "    at = 0", "    while True:"]
+    for k, piece in enumerate(pieces[::2]):
+        lines.append(f"        if at == {k}:")
+        for instruction in (i.strip() for i in piece.split(";") if i.strip()):
+            ((predicate, opcode, rest),) = re.findall(r"^(?:@(!?\w+)\s+)?(\S+)\s*(.*)$", instruction)
+            if opcode in ("bra", "bra.uni"):
+                statement = f"at = {places[rest.strip('$ ')]}; continue"
+            elif opcode == "ret":
+                statement = "return"
+            else:
+                statement = _statement(opcode, re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+", rest))
+            condition = f"if {predicate.replace('!', 'not ')}: " if predicate else ""
+            lines.append(f"            {condition}{statement}")
+        lines.append(f"            at = {k + 1}")
+    scope: dict[str, Any] = {"wrapped": _wrapped, "load": _load, "store": _store, "sqrt": np.sqrt, **_NUMBERS}
+    scope["bits"] = lambda kind, x: np.array(x, f"uint{kind[1:]}").view(_NUMBERS[kind])[()]
+    exec("\n".join(lines), scope)
+    return scope["thread"]
