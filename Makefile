@@ -13,7 +13,7 @@ PIP := -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format kernels bench ratios dist clean
+.PHONY: help demo test check format kernels bench ratios gpu dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ bench: $(VENV)/.test ## time a step against PyTorch, textbook NumPy and the memo
 
 ratios: $(VENV)/.test ## check the CPU speed targets; wants an idle machine
 	$(BIN)/python -m fused_adam.bench --ratios
+
+# Not in .venv: in the interpreter that has CuPy, numba-cuda and PyTorch for this machine's GPU.
+gpu: ## with a GPU: bits, speed targets, sanitizer and profile; files go to OUT=bench/results
+	$(PYTHON) -m bench.gpu
 
 # The tests run beside nothing but what the sdist says about itself: the checkout's packages are left
 # out, and the .pth line lends third-party packages without the editable install (a .pth inside a

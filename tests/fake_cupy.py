@@ -6,6 +6,7 @@ driver would check it. What is allocated here is "on the GPU" as far as anyone c
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import importlib.machinery
 import sys
@@ -17,6 +18,7 @@ import host_kernel
 import numpy as np
 
 _memory: dict[int, tuple[int, Any]] = {}  # of the device: start -> (size, what keeps it)
+_starts: list[int] = []  # the same, in order
 launches: list[tuple[str, int, int]] = []  # (kernel, blocks, stream) of each
 copies: list[int] = []  # bytes of each copy to the device
 compiled: list[str] = []  # texts
@@ -35,7 +37,8 @@ def _count(call: str) -> bool:
 
 
 def on_device(pointer: int, nbytes: int = 1) -> bool:
-    return any(start <= pointer and pointer + nbytes <= start + size for start, (size, _) in _memory.items())
+    k = bisect.bisect_right(_starts, pointer) - 1
+    return k >= 0 and pointer + nbytes <= _starts[k] + _memory[_starts[k]][0]
 
 
 def device_of(pointer: int) -> int:
@@ -69,6 +72,7 @@ def _allocate(nbytes: int) -> Any:
     start = 256 + -(room.ctypes.data + 256) % 512
     inside = room[start : start + nbytes]
     _memory[inside.ctypes.data] = (nbytes, room)
+    bisect.insort(_starts, inside.ctypes.data)
     return inside
 
 
@@ -273,7 +277,7 @@ def check_arguments(a: Any, blocks: int) -> None:
 
 
 def _read(pointer: Any, dtype: Any, n: int) -> Any:
-    start = next(s for s, (size, _) in _memory.items() if s <= pointer < s + size)
+    start = _starts[bisect.bisect_right(_starts, int(pointer)) - 1]
     offset = int(pointer) - _memory[start][1].ctypes.data
     raw = _memory[start][1][offset : offset + n * np.dtype(dtype).itemsize]
     return raw.view(dtype)
@@ -371,7 +375,7 @@ def installed(monkeypatch: Any) -> Any:
         patch.delitem(sys.modules, "fused_adam.backends.cupy_cuda", raising=False)
         patch.setattr(_cuda_arrays, "device_of", device_of)
         patch.setattr(backends, "no_device", lambda: "")
-        for record in (_memory, launches, copies, compiled, waits, reads, fail):
+        for record in (_memory, _starts, launches, copies, compiled, waits, reads, fail):
             record.clear()
         yield sys.modules["cupy"]
         check_guards()
