@@ -5,6 +5,7 @@ test_bits.py runs the same build over any value and size; this file is about whe
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Sequence
 from functools import lru_cache
@@ -149,15 +150,24 @@ def sparse(n: int, dtype: Any) -> Any:
     return np.frombuffer(mmap.mmap(-1, n * np.dtype(dtype).itemsize, flags=flags), dtype)
 
 
+def protect(a: Any, how: int) -> None:
+    failed = ctypes.CDLL(None).mprotect(ctypes.c_void_p(a.ctypes.data), ctypes.c_size_t(a.nbytes), how)
+    assert not failed
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_offsets_have_64_bits(dtype: Any) -> None:
     """Blocks at and beyond 2**31 and 2**32 elements, and the last with its tail; their neighbours stay as they were."""
     rule, chunk, n = bind("adamw"), 4096, 2**32 + 2**31 + 77
     arrays = [sparse(n, dtype) for _ in range(4)]
+    for a in arrays:
+        protect(a, 0)  # lest a mistake touch, and so take, all of it
     for block in (2**31 // chunk - 1, 2**31 // chunk, 2**32 // chunk, n // chunk):
         lo, hi = block * chunk, min((block + 1) * chunk, n)
         window = slice(lo - chunk, min(hi + chunk, n))
         ours = [a[window] for a in arrays]
+        for a in ours:
+            protect(a, mmap.PROT_READ | mmap.PROT_WRITE)
         for a, b in zip(ours, given(rule, dtype, 3 * chunk), strict=True):
             a[:] = b[: a.size]
         expected = copies(ours)
