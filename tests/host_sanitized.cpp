@@ -1,5 +1,5 @@
-// Steps for the sanitizers, after a kernel's text: memory of exactly the size that may be touched, and blocks on several
-// threads of the operating system.
+// Steps for the sanitizers, after a kernel's text: memory of exactly the size that may be touched, and blocks on
+// several threads of the operating system.
 
 #include <memory>
 #include <thread>
@@ -7,8 +7,8 @@
 
 HOST_LAUNCH(NAME)
 
-// One launch over segments of these sizes. `late` is the array, of p, g and the states, that starts off a multiple of 16
-// bytes, or -1. Without a table there is one segment.
+// One launch over segments of these sizes. `late` is the array, of p, g and the states, that starts off a multiple of
+// 16 bytes, or -1. Without a table there is one segment.
 static void step(const std::vector<int64>& sizes, int64 chunk, int late, bool table) {
     std::vector<std::unique_ptr<Number[]>> memory;
     const auto array = [&](int64 n, int k) {

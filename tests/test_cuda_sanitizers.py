@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ FLAGS = ("-O1", "-g", "-pthread", "-fno-sanitize-recover=all", "-D_GLIBCXX_SANIT
 def report(sanitizer: str, text: str) -> str:
     """What the sanitizer says about the steps of a kernel: nothing, if they are sound."""
     program = compiled(f"{text}\n{PROGRAM.read_text()}", f"-fsanitize={sanitizer}", *FLAGS)
-    result = subprocess.run([str(program)], capture_output=True, text=True, timeout=100, check=False)
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    result = subprocess.run([str(program)], env=environment, capture_output=True, text=True, timeout=100, check=False)
     if "unexpected memory mapping" in result.stderr:
         missing("ThreadSanitizer of this g++ cannot run here: try sysctl vm.mmap_rnd_bits=28")
     assert (result.returncode == 0) == (result.stderr == ""), f"exit {result.returncode}\n{result.stderr}"
@@ -38,8 +40,8 @@ def test_sound(variant: Variant, sanitizer: str, dtype: Any) -> None:
 
 
 MISTAKES = {
-    "tail": (MEMORY, "lo + a.chunk < s.n ? lo + a.chunk : s.n", "lo + a.chunk", "AddressSanitizer: heap"),
-    "table": (MEMORY, "segment_of_chunk[blockIdx.x]", "segment_of_chunk[blockIdx.x + 1]", "AddressSanitizer: heap"),
+    "tail": (MEMORY, "lo + a.chunk < s.n ? lo + a.chunk : s.n", "lo + a.chunk", "ERROR: AddressSanitizer"),
+    "table": (MEMORY, "segment_of_chunk[blockIdx.x]", "segment_of_chunk[blockIdx.x + 1]", "ERROR: AddressSanitizer"),
     "alignment": (MEMORY, "bits % sizeof(Access) == 0", "true", "misaligned address"),
     "overlap": (
         RACES,
