@@ -102,7 +102,6 @@ def pretended(monkeypatch):
         module.cuda.get_elapsed_time = lambda start, end: 1.0  # millisecond
         module.cuda.set_allocator = lambda allocator: None
         module.cuda.runtime.memGetInfo = lambda: (ROOM[0], ROOM[0])
-        module.cuda.runtime.memsetAsync = lambda pointer, value, nbytes, stream: None
         module.cuda.runtime.memcpyDeviceToDevice = 3
         copy = module.cuda.runtime.memcpyAsync
         module.cuda.runtime.memcpyAsync = lambda to, of, n, kind, stream: kind == 3 or copy(to, of, n, kind, stream)

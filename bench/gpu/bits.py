@@ -1,6 +1,6 @@
 """Byte for byte what NumPy gives: every rule, any size, any place in memory, any table of segments.
 
-All run in one process of a backend, most telling first; what only a real device can show is in bits_device.py.
+The cases of a backend, most telling first; what only a real device can show is in bits_device.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FEW = (0, 1, 5, 127, 2049, 4099, 0, 8192, 3)
 ALONE = (1, 2047, 4099, 100_003)
 COUNTS = (1, 2, 1000, 10_000)
 EMPTY = ("none", "first", "last", "middle", "most", "all")
-_ORDINARY = (0, 1, 2)  # of each coefficient the values that tests/bits.py has
+_COEFFICIENTS = (0, 1, 2)  # of each coefficient the values that tests/bits.py has
 _GAP = 4  # elements at least between two segments
 
 
@@ -116,7 +116,7 @@ def alone_case(lib: Library, backend: str, rule: Rule, dtype: Any, n: int) -> No
 
 
 def rule_case(lib: Library, backend: str, rule: Rule, dtype: Any) -> None:
-    for which in _ORDINARY:
+    for which in _COEFFICIENTS:
         segments_case(lib, backend, rule, dtype, SIZES, groups=3, which=which)
     for late in range(2 + len(rule.states)):
         segments_case(lib, backend, rule, dtype, FEW, groups=2, late=late)

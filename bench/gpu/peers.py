@@ -17,10 +17,10 @@ import numpy as np
 
 import fused_adam
 
-from ..cases import HYPER
 from . import rules
 from .clock import Call
 
+HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 _TILE = 2**22
 COPY_BYTES = 2**32  # at most; a rate is a rate
 
@@ -57,11 +57,12 @@ class Tensors:
         """Parameters and gradients by group, newly allocated."""
         kinds = ((0, 0.1), (1, 1e-3))
         wholes = [random(self.elements, seed, scale) for seed, scale in kinds]
-        every = [[whole[k * self.size : (k + 1) * self.size].copy() for k in range(self.count)] for whole in wholes]
-        if self.count == 1:
-            every = [[whole] for whole in wholes]
+        every = [[whole] if self.count == 1 else self._parts(whole) for whole in wholes]
         params, grads = ([arrays[k :: self.groups] for k in range(self.groups)] for arrays in every)
         return params, grads
+
+    def _parts(self, whole: Any) -> list[Any]:
+        return [whole[k * self.size : (k + 1) * self.size].copy() for k in range(self.count)]
 
 
 Builder = Callable[[Tensors], Call]

@@ -47,7 +47,8 @@ def install() -> tuple[str, str]:
             why = str(error)
             break
         if done.returncode:
-            why = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            lines = done.stderr.strip().splitlines() or ["it said nothing"]
+            why = next((line for line in lines if "Error: " in line), lines[-1]).strip()
             break
         found = done.stdout.strip()
     if not why and Path(found).samefile(Path(__file__).with_name("__init__.py")):

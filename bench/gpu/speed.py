@@ -12,11 +12,10 @@ from typing import Any
 
 import fused_adam
 
-from ..cases import HYPER
 from . import peers
 from .arrays import bridge
 from .clock import Call, Clock, Gpu, Samples, device_times, host_times, wall_times
-from .peers import Tensors
+from .peers import HYPER, Tensors
 from .worker import Case, Skipped
 
 SIZES = tuple(2**k for k in (28, 26, 24, 22, 20, 10, 12, 30, 16, 18, 14))  # the most telling first
@@ -49,7 +48,7 @@ ONE = Candidates(
         FUSED: (peers.torch_adamw(fused=True, capturable=True), peers.torch_graph),
     },
 )
-SEVERAL = Candidates({**ONE.steps, LIST: peers.ours_list("cupy")}, {}, ONE.graphs)
+SEVERAL = Candidates({**ONE.steps, LIST: peers.ours_list("cupy")}, ONE.bounds, ONE.graphs)
 GROUPS = Candidates(SEVERAL.steps, {}, {})
 
 
@@ -79,41 +78,49 @@ def race(clock: Clock, x: Tensors, candidates: Candidates, free: Callable[[], in
     # parameter, gradient and states of each, and as much again for foreach's temporaries
     _room(free, sets * nbytes * (len(candidates.steps) + 2) + 2 * peers.COPY_BYTES)
     field = Field(clock)
-    turns: dict[str, list[Call]] = {}
-    for name, builder in candidates.steps.items():
-        calls = [call for _ in range(sets) for call in field.enter(name, partial(builder, x))]
-        if len(calls) == sets:
-            turns[name] = calls
-    alone = {name: calls[0] for name, calls in turns.items()}
-    for name, builder in candidates.bounds.items():
-        for call in field.enter(name, partial(builder, x)):
-            alone[name] = call
-    samples = {
-        "device": device_times(clock, alone, rounds, cold=nbytes < _RESIDENT),
-        "end to end": wall_times(clock, {name: peers.in_turn(calls) for name, calls in turns.items()}, rounds),
-    }
-    del alone, turns
+    samples = _steps(clock, x, candidates, field, sets, rounds)
     free()
-
-    graphs: dict[str, Call] = {}
-    for name, (builder, capture) in candidates.graphs.items():
-        for graph in field.enter(f"{name}, graph", partial(_captured, capture, builder, x, sets)):
-            graphs[name] = graph
-    timed = device_times(clock, graphs, rounds, cold=False)
-    samples["graph"] = {name: [t / sets for t in times] for name, times in timed.items()}
     return {
         "elements": x.elements,
         "tensors": x.count,
         "groups": x.groups,
         "sets": sets,
         "copied": peers.copy_bytes(x.elements),
+        "samples": _short(samples | {"graph": _graphs(clock, x, candidates, field, sets, rounds)}),
         "absent": field.absent,
-        "samples": _short(samples),
     }
 
 
+def _steps(
+    clock: Clock, x: Tensors, candidates: Candidates, field: Field, sets: int, rounds: int
+) -> dict[str, Samples]:
+    turns = {}
+    for name, build in candidates.steps.items():
+        calls = [call for _ in range(sets) for call in field.enter(name, partial(build, x))]
+        if len(calls) == sets:
+            turns[name] = calls
+    alone = {name: calls[0] for name, calls in turns.items()}
+    for name, build in candidates.bounds.items():
+        for call in field.enter(name, partial(build, x)):
+            alone[name] = call
+    cold = 16 * x.elements < _RESIDENT
+    return {
+        "device": device_times(clock, alone, rounds, cold=cold),
+        "end to end": wall_times(clock, {name: peers.in_turn(calls) for name, calls in turns.items()}, rounds),
+    }
+
+
+def _graphs(clock: Clock, x: Tensors, candidates: Candidates, field: Field, sets: int, rounds: int) -> Samples:
+    """Seconds a step, of graphs of one step over each set."""
+    graphs = {}
+    for name, (build, capture) in candidates.graphs.items():
+        for graph in field.enter(f"{name}, graph", partial(_captured, capture, build, x, sets)):
+            graphs[name] = graph
+    times = device_times(clock, graphs, rounds, cold=False)
+    return {name: [t / sets for t in some] for name, some in times.items()}
+
+
 def _captured(capture: Callable[[Sequence[Call]], Call], build: peers.Builder, x: Tensors, sets: int) -> Call:
-    """One graph of a step over each set."""
     return capture([build(x) for _ in range(sets)])
 
 
@@ -178,7 +185,7 @@ def cases() -> list[Case]:
         ("host time", partial(host_case, clock)),
         ("values", partial(values_case, clock, free_bytes)),
     ]
-    return [Case(name, partial(_reported, bridged, run)) for name, run in found]
+    return [Case(name, partial(_reported, bridged, run), limit=90.0) for name, run in found]
 
 
 def _reported(bridged: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
