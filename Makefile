@@ -72,7 +72,7 @@ dist: $(VENV)/.dev ## sdist, a wheel built from it, and the tests of the install
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(DIST)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/third_party.pth"
 	tar -xzf dist/*.tar.gz -C $(DIST)/source --strip-components=1 --no-wildcards-match-slash \
-		--exclude='*/fused_adam' --exclude='*/kernels' --exclude='*/bench/*.py'
+		--exclude='*/fused_adam' --exclude='*/kernels' --exclude='*/bench/*.py' --exclude='*/bench/*/*.py'
 	cd $(DIST)/empty && ../venv/bin/python -c 'import sys, fused_adam, fused_adam.bench; \
 		print(fused_adam.__file__); \
 		assert all(m.__file__.startswith(sys.prefix) for m in (fused_adam, fused_adam.bench)), "not the wheel"'
