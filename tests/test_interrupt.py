@@ -78,7 +78,9 @@ for make in (Listed, Flat, Function):
     after = plain.bytes()
     done = inside = 0
     done_now = False
-    for trial in range(trials):
+    for trial in range(10 * trials):
+        if trial >= trials and inside > trials // 20:  # on a busy machine most come too late: then more are needed
+            break
         if done_now:
             before = after
             plain.step()
@@ -105,7 +107,7 @@ for make in (Listed, Flat, Function):
         inside += done_now and not returned  # it came during the step and was held back to its end
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert inside > trials // 20, f"{make.__name__}: only {inside} of {trials} fell into the step"
-    print(make.__name__, "done", done, "of", trials, "with the interrupt inside", inside)
+    print(make.__name__, "done", done, "of", trial, "with the interrupt inside", inside)
 if backend == "numba":
     from fused_adam.backends import numba_cpu
     assert not numba_cpu._pool.locked(), "an interrupt left the pool locked: steps would be serial from here on"
