@@ -56,9 +56,8 @@ ratios: $(VENV)/.test ## check the CPU speed targets; wants an idle machine
 gpu: ## with a GPU: bits, speed targets, sanitizer and profile; files go to OUT=bench/results
 	$(PYTHON) -m bench.gpu
 
-# The tests run beside nothing but what the sdist says about itself: the checkout's packages are left
-# out, and the .pth line lends third-party packages without the editable install (a .pth inside a
-# folder that was added by a .pth is not read).
+# The tests run in an environment of the wheel's own, beside nothing but what the sdist says about itself: the
+# checkout's packages are left out.
 DIST := build/dist
 dist: $(VENV)/.dev ## sdist, a wheel built from it, and the tests of the installed wheel
 	rm -rf dist $(DIST)
@@ -68,9 +67,7 @@ dist: $(VENV)/.dev ## sdist, a wheel built from it, and the tests of the install
 		names = zipfile.ZipFile(*glob.glob("dist/*.whl")).namelist(); print(*names, sep="\n"); \
 		assert all(n.startswith(("fused_adam/", "fused_adam-")) for n in names), "a foreign top-level name"'
 	$(BIN)/python -m venv $(DIST)/venv
-	$(DIST)/venv/bin/python $(PIP) install --no-deps dist/*.whl
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-		> "$$($(DIST)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/third_party.pth"
+	$(DIST)/venv/bin/python $(PIP) install --progress-bar off "$$(ls dist/*.whl)[test]"
 	tar -xzf dist/*.tar.gz -C $(DIST)/source --strip-components=1 --no-wildcards-match-slash \
 		--exclude='*/fused_adam' --exclude='*/kernels' --exclude='*/bench/*.py' --exclude='*/bench/*/*.py'
 	cd $(DIST)/empty && ../venv/bin/python -c 'import sys, fused_adam, fused_adam.bench; \

@@ -162,7 +162,8 @@ class Optimizer(ABC):
                 writes. One for each parameter: to freeze a parameter, leave it out of params (zeros would still decay
                 it).
             stream: for parameters on a GPU, the CUDA stream to launch on: a stream of CuPy, Numba or PyTorch, or its
-                address as an int. By default CuPy's current stream (Numba's default stream without CuPy).
+                address as an int. By default CuPy's current stream (Numba's default stream without CuPy). You order
+                it after what wrote the gradients, and keep them until the step is done, as with any work on a stream.
 
         Raises:
             ValueError, TypeError: a gradient or hyperparameter is wrong. Nothing is changed then.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -51,6 +52,13 @@ def device_of(pointer: int) -> int:
     return found.value
 
 
+def is_capturing(stream: int) -> bool:
+    """Whether work for a stream is recorded for a CUDA graph now; that of the default streams (0 to 2) cannot be."""
+    status = ctypes.c_int(0)
+    known = stream > 2 and _libcuda().cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status)) == 0
+    return known and status.value == 1
+
+
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
@@ -67,10 +75,13 @@ def view(name: str, a: Any, stream: int = LEGACY_STREAM) -> CudaArray | None:
         return None
     try:
         interface = getattr(a, "__cuda_array_interface__", None)
-        if interface is not None:
+        # Before version 3 the interface says nothing of streams (PyTorch's, JAX's); DLPack orders them.
+        if interface is not None and ("stream" in interface or not hasattr(a, "__dlpack__")):
             return _from_interface(interface, a)
         if hasattr(a, "__dlpack__") and int(a.__dlpack_device__()[0]) in (_CUDA, _CUDA_MANAGED):
-            return _from_dlpack(a, stream)
+            found = _from_dlpack(a, stream or LEGACY_STREAM)
+            read_only = interface is not None and interface["data"][1]  # DLPack before version 1 cannot say it
+            return replace(found, writable=found.writable and not read_only)
     except Exception as error:
         raise TypeError(f"{name} cannot be read as memory on a GPU: {error}") from error
     return None
@@ -165,4 +176,5 @@ def _from_dlpack(a: Any, stream: int) -> CudaArray:
     strides = tuple(s * dtype.itemsize for s in t.strides[: t.ndim]) if t.strides else None
     order = _order(shape, strides, dtype.itemsize)
     device = -1 if 0 in shape else t.device
-    return CudaArray((t.data or 0) + t.byte_offset, shape, dtype, order, writable, device, None, (a, capsule))
+    # the producer has put its own work before that stream's
+    return CudaArray((t.data or 0) + t.byte_offset, shape, dtype, order, writable, device, stream, (a, capsule))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import ctypes
 import importlib.machinery
+import re
 import sys
 import types
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ compiled: list[str] = []  # texts
 waits: list[tuple[int, int]] = []  # (stream, the one it waits for)
 reads: list[int] = []  # elements of each read by `allow_arithmetic`'s functions
 stream_now = 0
+capturing: set[int] = set()  # streams
 fail: dict[str, int] = {}  # "alloc" or "launch": after how many more calls to fail
 
 
@@ -236,25 +238,39 @@ class Foreign:
         return self.interface
 
 
+def _layout(text: str) -> Any:
+    """The arguments of a kernel, by what its text says of itself."""
+    states, coefficients, groups = map(int, re.findall(r"(?:STATES|COEFFICIENTS|GROUPS) = (\d+)", text))
+    number = {"float": np.float32, "double": np.float64}[re.findall(r"typedef (\w+) Number;", text)[0]]
+    segment = [(name, np.int64) for name in ("n", "first", "group", "p")] + [("states", np.int64, (max(1, states),))]
+    tables = [(name, np.int64) for name in ("segments", "gradients", "segment_of_chunk", "chunk")]
+    rest = [("segment", segment), ("gradient", np.int64), ("coefficients", number, (groups, coefficients))]
+    return np.dtype([*tables, *rest], align=True)
+
+
 class _Function:
     def __init__(self, text: str, name: str) -> None:
         compiled.append(text)
         self._name = name
+        self._layout = _layout(text)
         self._run = host_kernel.build(text, name)
 
     @property
     def kernel(self) -> _Function:
         return self
 
-    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...]) -> None:
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared: int, stream: Any
+    ) -> None:
         if _count("launch"):
             raise CUDADriverError("CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: too many resources requested for launch")
         assert all(type(x) is int for x in (*grid, *block)) and len(grid) == len(block) == 1
-        assert 0 < grid[0] < 2**31 and block == (256,)
-        (arguments,) = args
-        assert isinstance(arguments, np.ndarray) and arguments.size == 1 and arguments.nbytes <= 4096
+        assert 0 < grid[0] < 2**31 and block == (256,) and shared == 0
+        (given,) = args
+        assert isinstance(given, np.ndarray) and given.size == 1 and given.nbytes <= 4096
+        arguments = given.view(self._layout)
         check_arguments(arguments[0], grid[0])
-        launches.append((self._name, grid[0], stream_now))
+        launches.append((self._name, grid[0], stream.ptr))
         self._run(grid[0], arguments)
 
 
@@ -303,11 +319,13 @@ class Device:
         pass
 
 
-class ExternalStream:
+class Stream:
+    """One that the caller makes current; CuPy's own class for a given address, ExternalStream, is deprecated."""
+
     def __init__(self, ptr: int) -> None:
         self.ptr = ptr
 
-    def __enter__(self) -> ExternalStream:
+    def __enter__(self) -> Stream:
         global stream_now
         self._before, stream_now = stream_now, self.ptr
         return self
@@ -316,11 +334,15 @@ class ExternalStream:
         global stream_now
         stream_now = self._before
 
-    def record(self) -> int:
-        return self.ptr
 
-    def wait_event(self, event: int) -> None:
-        waits.append((self.ptr, event))
+class Event:
+    """Its address is that of the stream it was recorded on."""
+
+    def __init__(self, disable_timing: bool) -> None:
+        assert disable_timing
+
+    def record(self, stream: Any) -> None:
+        self.ptr = stream.ptr
 
 
 def _memcpy_async(destination: int, source: int, nbytes: int, kind: int, stream: int) -> None:
@@ -338,7 +360,8 @@ def _module() -> types.ModuleType:
     space = types.SimpleNamespace
     cupy.cuda = space(  # type: ignore[attr-defined]
         Device=Device,
-        ExternalStream=ExternalStream,
+        Stream=Stream,
+        Event=Event,
         alloc=lambda nbytes: _Alloc(nbytes),
         get_current_stream=lambda device=0: space(ptr=stream_now),
         memory=space(OutOfMemoryError=OutOfMemoryError),
@@ -350,6 +373,7 @@ def _module() -> types.ModuleType:
             getDeviceCount=lambda: 1,
             memcpyAsync=_memcpy_async,
             memcpyHostToDevice=1,
+            streamWaitEvent=lambda stream, event: waits.append((stream, event)),
             streamSynchronize=lambda stream: None,
             deviceSynchronize=lambda: None,
             CUDARuntimeError=CUDARuntimeError,
@@ -374,8 +398,11 @@ def installed(monkeypatch: Any) -> Any:
         patch.setitem(sys.modules, "cupy", _module())
         patch.delitem(sys.modules, "fused_adam.backends.cupy_cuda", raising=False)
         patch.setattr(_cuda_arrays, "device_of", device_of)
+        for module in (_cuda_arrays, sys.modules.get("fused_adam.backends._cuda")):
+            if module is not None:
+                patch.setattr(module, "is_capturing", lambda stream: stream in capturing)
         patch.setattr(backends, "no_device", lambda: "")
-        for record in (_memory, _starts, launches, copies, compiled, waits, reads, fail):
+        for record in (_memory, _starts, launches, copies, compiled, waits, reads, fail, capturing):
             record.clear()
         yield sys.modules["cupy"]
         check_guards()

@@ -70,6 +70,43 @@ def test_a_step_on_dlpack_arrays(cupy, versioned, strided, offset):
     assert same_bits(flat.data.get()[:1200], p.reshape(-1))
 
 
+def test_dlpack_on_the_default_stream(cupy):
+    """Which DLPack calls 1: it knows no stream 0."""
+    p, g = Producer(np.zeros(9, F32)), Producer(np.zeros(9, F32))
+    fused_adam.AdamW([p]).step([g])
+    assert [asked["stream"] for asked in g.asked] == [1] and fake_cupy.waits == []
+
+
+def test_adam_step_waits_for_what_dlpack_ordered(cupy):
+    """The producers come before the default stream, the step is on another."""
+    arrays = [Producer(np.ones(9, F32)) for _ in range(4)]
+    with cupy.cuda.Stream(77):
+        fused_adam.adam_step(*arrays, step=1)
+    assert fake_cupy.waits == [(77, 1)]
+
+
+class Old(Producer):
+    """Version 2 of the array interface, without a stream, beside DLPack, as PyTorch's."""
+
+    read_only = False
+
+    @property
+    def __cuda_array_interface__(self):
+        described = {"shape": self.array.shape, "typestr": "<f4", "version": 2, "strides": None}
+        return described | {"data": (self.array.ctypes.data, self.read_only)}
+
+
+def test_an_interface_without_a_stream_gives_way_to_dlpack(cupy):
+    p, g = Old(np.zeros(9, F32)), Old(np.ones(9, F32))
+    opt = fused_adam.AdamW([p])
+    with cupy.cuda.Stream(77):
+        opt.step([g])
+    assert [asked["stream"] for asked in g.asked] == [77] and fake_cupy.waits == []
+    p.read_only = True
+    with pytest.raises(ValueError, match=r"params\[0\] is read-only"):
+        fused_adam.AdamW([p])
+
+
 def test_what_dlpack_says_is_understood(cupy):
     a = np.zeros((4, 6), F32)
     assert view("a", Producer(np.asfortranarray(a))).order == "F"

@@ -302,11 +302,11 @@ def test_the_stream_is_the_callers(cupy):
     p, g = cupy.zeros(9, F32), cupy.zeros(9, F32)
     opt = fused_adam.AdamW([p])
     opt.step([g])
-    with cupy.cuda.ExternalStream(77):
+    with cupy.cuda.Stream(77):
         opt.step([g])
         fused_adam.adam_step(p, g, cupy.zeros(9, F32), cupy.zeros(9, F32), step=1)
     opt.step([g], stream=5)
-    opt.step([g], stream=cupy.cuda.ExternalStream(6))
+    opt.step([g], stream=cupy.cuda.Stream(6))
     assert [stream for *_, stream in fake_cupy.launches] == [0, 77, 77, 5, 6]
     assert fake_cupy.waits == []
     with pytest.raises(TypeError, match="stream should be a CUDA stream or its address, got a str"):
@@ -322,6 +322,49 @@ def test_gradients_of_another_stream_are_waited_for(cupy):
     assert fake_cupy.waits == []
     opt.step([fake_cupy.Foreign(p.copy(), stream=88)])
     assert fake_cupy.waits == [(0, 88)]
+
+
+def test_a_stream_of_the_gradients_own_is_waited_for_each_time(cupy):
+    class Bound(fake_cupy.Foreign):
+        __module__ = "numba.cuda"
+
+    opt, g = fused_adam.AdamW([cupy.zeros(9, F32)]), [Bound(np.zeros(9, F32), stream=88)]
+    for _ in range(3):
+        opt.step(g)
+    assert fake_cupy.waits == [(0, 88)] * 3
+
+
+def test_gradients_that_move_during_a_capture(cupy):
+    """A graph would copy their addresses from memory of the host's that is another's when it is replayed."""
+    p = [cupy.zeros(9, F32), cupy.zeros(9, F32)]
+    g, other = ([cupy.zeros(9, F32) for _ in p] for _ in range(2))
+    opt = fused_adam.AdamW(p)
+    opt.step(g, stream=5)
+    fake_cupy.capturing.add(5)
+    opt.step(g, stream=5)
+    with pytest.raises(RuntimeError, match="the gradients moved during a capture; do one step with these arrays"):
+        opt.step(other, stream=5)
+    fake_cupy.capturing.clear()
+    opt.step(other, stream=5)
+    assert opt.t == 3
+
+
+def test_ctrl_c_while_gradients_are_looked_at(cupy, monkeypatch):
+    """What was known of the last ones is not taken for what was just found of others."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    p = fused_adam.flatten([cupy.zeros(4, F32)])
+    ones, fives = (fused_adam.flatten([cupy.asarray(np.full(4, x, F32))]) for x in (1, 5))
+    opt = fused_adam.SGD(p, lr=1.0)
+    opt.step(ones)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(opt._stepper), "_launches", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step(fives)
+    opt.step(ones)
+    assert opt.t == 2 and p[0].get().tolist() == [-2] * 4
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from fused_adam.bench.gpu.worker import Different, Skipped
 ROOM = [2**40]
 
 
-class Stream(fake_cupy.ExternalStream):
+class Stream(fake_cupy.Stream):
     """Never done. What is launched while it captures is launched by its graph instead."""
 
     captured: list | None = None
@@ -49,9 +49,12 @@ class Device(fake_cupy.Device):
         pass
 
 
-class Event:
-    def record(self):
+class Event(fake_cupy.Event):
+    def __init__(self, disable_timing=False):
         self.at = 0.0
+
+    def record(self, stream=None):
+        self.ptr = stream.ptr if stream is not None else 0
 
 
 class RawKernel:
@@ -83,15 +86,15 @@ class Pool:
 def pretended(monkeypatch):
     """fake_cupy with streams, graphs, events and a memory pool."""
 
-    def launch(self, grid, block, args):
+    def launch(self, grid, block, args, shared, stream):
         if Stream.captured is None:
-            run(self, grid, block, args)
+            run(self, grid, block, args, shared, stream)
         else:
-            Stream.captured.append((run, (self, grid, block, tuple(a.copy() for a in args))))
+            Stream.captured.append((run, (self, grid, block, tuple(a.copy() for a in args), shared, stream)))
 
     run = fake_cupy._Function.__call__
     monkeypatch.setattr(fake_cupy._Function, "__call__", launch)
-    monkeypatch.setattr(fake_cupy.ExternalStream, "done", False, raising=False)
+    monkeypatch.setattr(fake_cupy.Stream, "done", False, raising=False)
     with fake_cupy.installed(monkeypatch) as module:
         module.RawKernel = RawKernel
         module.empty = module.zeros

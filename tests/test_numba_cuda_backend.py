@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+import types
 
 import fake_cupy
 import fake_numba
@@ -84,6 +85,24 @@ def test_arrays_that_only_speak_dlpack(cuda, order):
     opt.load_state_dict(saved)
     ours, theirs = (o.state_dict()["state"][0] for o in (opt, expected))
     assert all(same_bits(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_capture_is_refused(cuda):
+    p, g = cuda.to_device(np.zeros(9, F32)), cuda.to_device(np.zeros(9, F32))
+    opt = fused_adam.AdamW([p])
+    opt.step([g], stream=5)
+    fake_cupy.capturing.add(5)
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph; use CuPy's"):
+        opt.step([g], stream=5)
+    assert opt.t == 1
+
+
+def test_a_cupy_that_does_not_work_is_not_asked_for_its_stream(cuda, monkeypatch):
+    broken = types.ModuleType("cupy")  # importable, and no more
+    monkeypatch.setitem(sys.modules, "cupy", broken)
+    p, g = (cuda.to_device(np.zeros(9, F32)) for _ in range(2))
+    fused_adam.adam_step(p, g, *(cuda.to_device(np.zeros(9, F32)) for _ in range(2)), step=1, backend="numba-cuda")
+    assert len(fake_cupy.launches) == 1
 
 
 def test_failures_change_nothing_and_are_named(cuda):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
@@ -44,6 +44,12 @@ def _named(call: str) -> Iterator[None]:
         raise RuntimeError(f"{call} failed:\n{error}") from error
 
 
+class _Stream(NamedTuple):
+    """All that CuPy asks of a stream; its class for those of others is deprecated."""
+
+    ptr: int
+
+
 class _Table:
     def __init__(self, nbytes: int, device: int) -> None:
         with cupy.cuda.Device(device), _named(f"allocating {nbytes} bytes on GPU {device}"):
@@ -74,11 +80,11 @@ class _Driver:
 
         def kernel(blocks: int, arguments: Array, stream: int) -> None:
             try:
-                if cupy.cuda.runtime.getDevice() == device and cupy.cuda.get_current_stream().ptr == stream:
-                    function((blocks,), (THREADS,), (arguments,))
+                if cupy.cuda.runtime.getDevice() == device:
+                    function((blocks,), (THREADS,), (arguments,), 0, _Stream(stream))
                 else:
-                    with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream):
-                        function((blocks,), (THREADS,), (arguments,))
+                    with cupy.cuda.Device(device):
+                        function((blocks,), (THREADS,), (arguments,), 0, _Stream(stream))
             except cupy.cuda.driver.CUDADriverError as error:
                 raise RuntimeError(f"{launch} failed: {error}") from error
 
@@ -94,8 +100,9 @@ class _Driver:
 
     def wait(self, stream: int, other: int, device: int) -> None:
         with cupy.cuda.Device(device), _named(f"ordering two streams on GPU {device}"):
-            event = cupy.cuda.ExternalStream(other).record()
-            cupy.cuda.ExternalStream(stream).wait_event(event)
+            event = cupy.cuda.Event(disable_timing=True)
+            event.record(_Stream(other))
+            cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
 
     def address(self, g: Any, shape: tuple[int, ...] | None, dtype: np.dtype[Any], device: int) -> int | None:
         if type(g) is cupy.ndarray and g.shape == shape and g.dtype == dtype and g.flags.c_contiguous:

@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -18,11 +18,16 @@ from numba.cuda.cudadrv.driver import CudaAPIError, host_to_device
 
 from fused_adam._arrays import Array
 from fused_adam._codegen import Rule
+from fused_adam._cuda_arrays import is_capturing
 from fused_adam.backends import _cuda
 from fused_adam.backends._cuda_source import THREADS, Source
 from fused_adam.backends._numba_cuda_kernels import kernel
 
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
+_ERRORS: tuple[type[Exception], ...] = (CudaAPIError,)
+with suppress(ImportError, AttributeError):  # what launches raise from numba-cuda 0.30 on
+    _ERRORS += (importlib.import_module("cuda.core._utils.cuda_utils").CUDAError,)
 
 
 def unusable() -> str:
@@ -50,9 +55,18 @@ def _on(device: int, call: str) -> Iterator[None]:
         else:
             with cuda.gpus[device]:
                 yield
-    except CudaAPIError as error:
-        kind = MemoryError if int(error.code) == _OUT_OF_MEMORY else RuntimeError
+    except _ERRORS as error:
+        kind = MemoryError if int(getattr(error, "code", 0)) == _OUT_OF_MEMORY else RuntimeError
         raise kind(f"{call} on GPU {device} failed: {error}") from error
+
+
+@cache
+def _works(cupy: Any) -> bool:
+    """Whether CuPy, which somebody has imported, can use the GPU too."""
+    try:
+        return not cupy.cuda.runtime.is_hip and cupy.cuda.runtime.getDeviceCount() > 0
+    except Exception:
+        return False
 
 
 @cache
@@ -91,6 +105,8 @@ class _Driver:
                 return dispatcher[blocks, THREADS, _stream(device, stream)]
 
         def run(blocks: int, arguments: Array, stream: int) -> None:
+            if is_capturing(stream):
+                raise RuntimeError("a step of the numba-cuda backend cannot be captured in a CUDA graph; use CuPy's")
             with lock:  # no other thread's copy may come between
                 copied.write(arguments, stream)
                 with _on(device, f"launching {made.name}"):
@@ -104,7 +120,7 @@ class _Driver:
     def current_stream(self, device: int) -> int:
         """CuPy's, if it is in use: Numba has no current stream, only a default one."""
         cupy = sys.modules.get("cupy")
-        if cupy is not None:
+        if cupy is not None and _works(cupy):
             return int(cupy.cuda.get_current_stream(device).ptr)
         return _cuda.stream_address(cuda.default_stream())
 
