@@ -13,10 +13,10 @@ PIP := -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format kernels bench ratios gpu dist clean
+.PHONY: help demo test check format kernels bench bench-guard ratios figures gpu dist clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later on PATH; set PYTHON=/path/to/python" >&2; exit 1; }
@@ -46,11 +46,18 @@ format: $(VENV)/.dev ## sort imports, mend what ruff can, format
 kernels: $(VENV)/.dev ## print kernels/rules.cuh anew
 	$(CODEGEN)
 
-bench: $(VENV)/.test ## time a step against PyTorch, textbook NumPy and the memory roof
-	$(BIN)/python -m fused_adam.bench
+bench: $(VENV)/.test ## time a step against PyTorch, textbook NumPy and the memory roof; draw it
+	$(BIN)/fused-adam bench run --sizes 2^10,2^12,2^14,2^16,2^18,2^20,2^22,2^24,2^25 --timeout 120 \
+		--json fused_adam_bench.json --plot fused_adam_bench.png
+
+bench-guard: $(VENV)/.test ## check the speed targets with a margin, on a busy machine too
+	$(BIN)/python -m fused_adam.bench.guard
 
 ratios: $(VENV)/.test ## check the CPU speed targets; wants an idle machine
 	$(BIN)/python -m fused_adam.bench --ratios
+
+figures: $(VENV)/.test ## write the README's figures from bench/results
+	$(BIN)/python -m fused_adam.bench.readme
 
 # Not in .venv: in the interpreter that has CuPy, numba-cuda and PyTorch for this machine's GPU.
 gpu: ## with a GPU: bits, speed targets, sanitizer and profile; files go to OUT=bench/results
@@ -76,5 +83,5 @@ dist: $(VENV)/.dev ## sdist, a wheel built from it, and the tests of the install
 	cd $(DIST)/empty && ../venv/bin/python -m pytest -n $(JOBS) --config-file=../source/pyproject.toml ../source/tests
 
 clean: ## remove everything that make made
-	rm -rf $(VENV) build dist fused_adam_demo.png *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist fused_adam_demo.png fused_adam_bench.* *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

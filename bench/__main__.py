@@ -1,33 +1,41 @@
-"""How long an optimizer step takes here, next to what it is compared with."""
+"""`python -m fused_adam.bench` is `fused-adam bench`, and `run` may be left out; --ratios checks the speed targets."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import ratios, sweep
+from fused_adam.cli import bench
+from fused_adam.cli import main as fused_adam_main
+
+from . import ratios
 from .cases import missing, prepare
-from .report import machine
+from .machine import environment
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fused_adam.bench", description=__doc__)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--quick", action="store_true", help="sizes up to 2^22 only, in under 15 s")
-    what.add_argument("--ratios", action="store_true", help="check the speed targets; exit 1 when one is missed")
+def main(argv: Sequence[str]) -> int:
+    if "--ratios" in argv:
+        return _ratios(argv)
+    named = bool(argv) and argv[0] in (*bench.COMMANDS, "-h", "--help")
+    return fused_adam_main(["bench", *([] if named else ["run"]), *argv])
+
+
+def _ratios(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fused_adam.bench")
+    parser.add_argument("--ratios", action="store_true", help="check the speed targets; exit 1 when one is missed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
     args = parser.parse_args(argv)
-    if args.ratios and (absent := missing("numba", "torch")):
+    if absent := missing("numba", "torch"):
         parser.error(f"--ratios compares with {' and '.join(absent)}; pip install it first")
-
     prepare()
-    met, figures = ratios.check() if args.ratios else (True, sweep.sweep(quick=args.quick))
+    met, figures = ratios.check()
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": environment(), **figures}, indent=1) + "\n")
     return 0 if met else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

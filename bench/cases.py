@@ -1,15 +1,10 @@
-"""What is timed: our steps, the peers', and the memory roof, each as a call without arguments.
-
-A builder takes a `Problem` and returns the call. Builders that step the same `Problem` share its arrays,
-so that no candidate owes its speed to a luckier placement in memory.
-"""
+"""Our steps and the memory roof, and the candidates that the speed targets of `ratios` are about."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from importlib.util import find_spec
+from functools import partial
 from itertools import count, cycle
 from typing import Any
 
@@ -17,58 +12,18 @@ import numpy as np
 import numpy.typing as npt
 
 import fused_adam
+from fused_adam.cli.tasks import RULES
 
+from .peers import textbook, torch_optimizer
+from .problem import HYPER as HYPERS
+from .problem import Candidate as Candidate
+from .problem import Problem as Problem
+from .problem import Skipped, bytes_per_parameter
+from .problem import missing as missing
 from .timing import Call
 
-Array = npt.NDArray[np.float32]
-
-HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+HYPER = HYPERS["adamw"]
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def aligned(n: int) -> Array:
-    """n float32 zeros on a 64-byte boundary, their pages touched."""
-    raw = np.zeros(n * 4 + 64, np.uint8)
-    raw.fill(0)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + 4 * n].view(np.float32)
-
-
-@dataclass
-class Problem:
-    """One parameter of n elements with gradient and state; values are those of a run under way."""
-
-    n: int
-    p: Array = field(init=False)
-    g: Array = field(init=False)
-    m: Array = field(init=False)
-    v: Array = field(init=False)
-
-    def __post_init__(self) -> None:
-        rng = np.random.default_rng(0)
-        self.p, self.g, self.m, self.v = (aligned(self.n) for _ in range(4))
-        for x, scale in ((self.p, 0.1), (self.g, 1e-3), (self.m, 1e-3), (self.v, 1e-3)):
-            rng.standard_normal(out=x, dtype=np.float32)
-            x *= np.float32(scale)
-        np.square(self.v, out=self.v)
-
-
-def missing(*modules: str) -> list[str]:
-    """Those of the modules that are not installed."""
-    return [module for module in modules if find_spec(module) is None]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A name for tables, the call it times, and what must be installed for it."""
-
-    name: str
-    build: Callable[[Problem], Call]
-    needs: tuple[str, ...] = ()
-
-    @property
-    def missing(self) -> list[str]:
-        return missing(*self.needs)
 
 
 def prepare() -> None:
@@ -86,65 +41,76 @@ def prepare() -> None:
 
 
 def roof(x: Problem) -> Call:
+    """The stream of a rule with two states; for another, of as many elements as make its bytes."""
     from ._roof import stream
 
-    return lambda: stream(x.p, x.g, x.m, x.v)
+    n = x.n * bytes_per_parameter(x.rule, x.dtype.name) // (7 * x.dtype.itemsize)
+    arrays = [buffer.data[:n] for buffer in (x.params, x.grads, *x.states.values())]
+    if len(arrays) != 4:
+        arrays = [np.ones(n, x.dtype) for _ in range(4)]
+    p, g, m, v = arrays
+    return lambda: stream(p, g, m, v)
+
+
+def gpu_roof(x: Problem) -> Call:
+    """The same kernel around the least arithmetic."""
+    if len(x.states) != 2:
+        raise Skipped("on a GPU it is measured for rules with two states")
+    from .gpu import rules
+
+    make: Any = rules.roof
+    opt = make(x.params, backend="cupy")
+    return lambda: opt.step(x.grads)
 
 
 def ours(backend: str) -> Callable[[Problem], Call]:
-    """fused_adam.adamw_step, all checks included."""
+    """fused_adam's step, all checks included: the function where there is one and one parameter in host memory to take
+    it, else the class over a flat buffer.
+    """
 
     def build(x: Problem) -> Call:
+        function = {"adam": fused_adam.adam_step, "adamw": fused_adam.adamw_step}.get(x.rule)
+        if function is None or x.tensors > 1 or x.on_gpu:
+            return _class(x, x.params, [x.grads], backend)
         t = count(1)
-        return lambda: fused_adam.adamw_step(x.p, x.g, x.m, x.v, step=next(t), backend=backend, **HYPER)
+        return lambda: function(x.p, x.g, x.m, x.v, step=next(t), backend=backend, **x.hyper)
 
     return build
 
 
-def torch_adamw(*, fused: bool) -> Callable[[Problem], Call]:
-    """torch.optim.AdamW.step(), fused or foreach, on the problem's own memory."""
-
-    def build(x: Problem) -> Call:
-        import torch
-
-        p = torch.nn.Parameter(torch.from_numpy(x.p))
-        p.grad = torch.from_numpy(x.g)
-        optimizer = torch.optim.AdamW([p], fused=fused, foreach=not fused, **HYPER)
-        optimizer.state[p] = {
-            "step": torch.tensor(0.0),
-            "exp_avg": torch.from_numpy(x.m),
-            "exp_avg_sq": torch.from_numpy(x.v),
-        }
-        return optimizer.step
-
-    return build
+def ours_list(backend: str) -> Callable[[Problem], Call]:
+    """The class over a list of arrays. Training code hands over a new list of new arrays each step, so nothing may be
+    remembered about them; views made beforehand are that, without timing how they are made.
+    """
+    return lambda x: _class(x, list(x.params.tree), [[g[:] for g in x.grads.tree] for _ in range(8)], backend)
 
 
-def textbook(x: Problem) -> Call:
-    """AdamW as the paper prints it and as most people write it in NumPy."""
-    lr, (beta1, beta2), eps, weight_decay = HYPER.values()
-    p, g, m, v, t = x.p, x.g, x.m, x.v, 0
-
-    def step() -> None:
-        nonlocal m, v, t
-        t += 1
-        m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g**2
-        m_hat = m / (1 - beta1**t)
-        v_hat = v / (1 - beta2**t)
-        p[...] = p - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * p)
-
-    return step
+def _class(x: Problem, params: Any, grads: Sequence[Any], backend: str) -> Call:
+    """With states of its own, of the problem's values, and the gradients in turn."""
+    opt = RULES[x.rule](params, backend=backend, **x.hyper)
+    saved = opt.state_dict()
+    for name in x.states:
+        for state, values in zip(saved["state"], x.host(name), strict=True):
+            state[name][...] = values
+    opt.load_state_dict(saved)
+    turns = cycle(grads)
+    return lambda: opt.step(next(turns))
 
 
-ROOF = Candidate("memory roof", roof, ("numba",))
-NUMBA = Candidate("fused_adam numba", ours("numba"), ("numba",))
-NUMPY = Candidate("fused_adam numpy", ours("numpy"))
-TORCH_FUSED = Candidate("torch fused", torch_adamw(fused=True), ("torch",))
-TORCH_FOREACH = Candidate("torch foreach", torch_adamw(fused=False), ("torch",))
+def candidates(backend: str, tensors: int, on_gpu: bool) -> list[Candidate]:
+    """A backend's: over a flat buffer, and over a list where there is more than one parameter."""
+    needs = ("numba",) if backend == "numba" else ()
+    # one launch per rule is the package's first promise; tests/test_cupy.py counts them
+    make = partial(Candidate, needs=needs, kind="ours", backend=backend, launches=1 if on_gpu else None)
+    found = [make(f"fused_adam {backend}", ours(backend), graph=ours(backend) if backend == "cupy" else None)]
+    return found + ([make(f"fused_adam {backend} list", ours_list(backend))] if tensors > 1 else [])
+
+
+ROOF = Candidate("memory roof", roof, ("numba",), kind="roof")
+GPU_ROOF = Candidate("memory roof", gpu_roof, kind="roof", graph=gpu_roof, launches=1)
+NUMBA, NUMPY = (candidates(backend, 1, on_gpu=False)[0] for backend in ("numba", "numpy"))
+TORCH_FUSED = Candidate("torch fused", torch_optimizer(fused=True), ("torch",))
 TEXTBOOK = Candidate("textbook NumPy", textbook)
-
-SINGLE = (NUMBA, NUMPY, TORCH_FUSED, TORCH_FOREACH, TEXTBOOK, ROOF)
 
 
 def many(shapes: Sequence[int]) -> dict[str, Call]:
@@ -153,7 +119,7 @@ def many(shapes: Sequence[int]) -> dict[str, Call]:
 
     rng = np.random.default_rng(0)
 
-    def draw() -> list[Array]:
+    def draw() -> list[npt.NDArray[np.float32]]:
         return [rng.standard_normal(n, dtype=np.float32) * np.float32(1e-3) for n in shapes]
 
     params, grads = draw(), draw()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -47,10 +49,17 @@ class Experiment:
     sample_s: float = 0.002
     rounds: int = 25
     busy_processes: int = 0
+    budget_s: float = math.inf
 
     def run(self) -> tuple[dict[str, Timing], list[Result]]:
         with busy(self.busy_processes):
-            timings = measure(self.build(), rounds=self.rounds, sample_s=self.sample_s, quiet=not self.busy_processes)
+            timings = measure(
+                self.build(),
+                rounds=self.rounds,
+                sample_s=self.sample_s,
+                budget_s=self.budget_s,
+                quiet=not self.busy_processes,
+            )
         results = [
             Result(self.where, target, ratio(slow=timings[target.peer], fast=timings[target.ours]))
             for target in self.targets
@@ -129,6 +138,18 @@ def check() -> tuple[bool, dict[str, Any]]:
             show(experiment.where)
             record[experiment.where], found = experiment.run()
             results += found
+    tell(results)
+    unloaded = [record[e.where] for e in EXPERIMENTS if not e.busy_processes]
+    print(disturbed(t for timings in unloaded for t in timings.values()), end="")
+    return all(r.passed for r in results), {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "ratios": [asdict(r) | {"passed": r.passed} for r in results],
+        "experiments": {where: figures(timings) for where, timings in record.items()},
+    }
+
+
+def tell(results: Sequence[Result]) -> None:
+    """What was measured against each target, on stdout."""
     table(
         f"times as fast as the peer ({THREADS} threads)",
         ["candidate", "peer", "at", "target", "measured", ""],
@@ -144,9 +165,3 @@ def check() -> tuple[bool, dict[str, Any]]:
             for r in results
         ],
     )
-    unloaded = [record[e.where] for e in EXPERIMENTS if not e.busy_processes]
-    print(disturbed(t for timings in unloaded for t in timings.values()), end="")
-    return all(r.passed for r in results), {
-        "ratios": [asdict(r) | {"passed": r.passed} for r in results],
-        "experiments": {where: figures(timings) for where, timings in record.items()},
-    }

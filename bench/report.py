@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from fused_adam.cli import console
 
-from .cases import THREADS
 from .timing import Timing
 
 
@@ -64,28 +60,3 @@ def figures(timings: Mapping[str, Timing]) -> dict[str, Any]:
         }
         for name, t in timings.items()
     }
-
-
-def machine() -> dict[str, Any]:
-    """What a reader must know to compare these figures with others."""
-    versions = {}
-    for name in ("fused_adam", "numpy", "numba", "torch"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "processor": _processor(),
-        "threads": THREADS,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

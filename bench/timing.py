@@ -79,15 +79,20 @@ def _batch(call: Call, seconds: float) -> int:
     return max(1, round(calls * seconds / elapsed))
 
 
-def _sample(call: Call, batch: int, seconds: float) -> tuple[float, bool]:
+def _sample(call: Call, batch: int, seconds: float, flush: Call | None) -> tuple[float, bool]:
     """Seconds per call over about `seconds`, and whether our threads had to wait for a core meanwhile."""
     time.sleep(SETTLE_S)
-    _timed(call, math.ceil(batch / 2))  # brings the candidate's data and threads back
+    if flush is None:
+        _timed(call, math.ceil(batch / 2))  # brings the candidate's data and threads back
+    else:
+        flush()
     before = waited()
     elapsed, calls = 0.0, 0
     while elapsed < seconds:
         elapsed += _timed(call, batch)
         calls += batch
+        if flush is not None:
+            break  # the next call would find in the cache what this one has left there
     after = waited()
     disturbed = before is not None and after is not None and after - before > BUSY * elapsed
     return elapsed / calls, disturbed
@@ -101,6 +106,9 @@ def measure(
     budget_s: float = math.inf,
     quiet: bool = True,
     seed: int = 0,
+    flush: Call | None = None,
+    timings: dict[str, Timing] | None = None,
+    after_round: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Timing]:
     """Time every candidate `rounds` times, each round in a new random order.
 
@@ -108,23 +116,29 @@ def measure(
     wait for a core is thrown away and taken again; on a machine that never gets quiet the samples count all the same
     after a while, and `Timing.disturbed` says how many did. Once `budget_s` is spent no sample is taken again, and
     the measurement ends with its third round or the one that is under way.
+
+    flush: empties the caches before each sample, which then is a single call. timings: an empty dict that is filled as
+    the measurement goes, so that what there is outlives an interruption. after_round: is told how many are done.
     """
     order = list(candidates)
     shuffle = random.Random(seed).shuffle
     deadline = time.perf_counter() + budget_s
-    timings = {name: Timing(batch=_batch(call, sample_s / 4)) for name, call in candidates.items()}
+    timings = {} if timings is None else timings
+    for name, call in candidates.items():
+        timings[name] = Timing(batch=_batch(call, 0.0 if flush else sample_s / 4))
     for done in range(rounds):
         if done >= 3 and time.perf_counter() > deadline:
             break
         shuffle(order)
         for name in order:
             timing = timings[name]
-            sample, disturbed = _sample(candidates[name], timing.batch, sample_s)
+            sample, disturbed = _sample(candidates[name], timing.batch, sample_s, flush)
             while quiet and disturbed and timing.refused < PATIENCE * rounds and time.perf_counter() < deadline:
                 timing.refused += 1
-                sample, disturbed = _sample(candidates[name], timing.batch, sample_s)
+                sample, disturbed = _sample(candidates[name], timing.batch, sample_s, flush)
             timing.samples.append(sample)
             timing.disturbed += disturbed
+        after_round(done + 1)
     return timings
 
 
