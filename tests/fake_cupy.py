@@ -395,6 +395,8 @@ def installed(monkeypatch: Any) -> Any:
 
     backends = sys.modules["fused_adam.backends"]
     with monkeypatch.context() as patch:
+        for name in [name for name in sys.modules if name.startswith("cupy.")]:  # lazy ones would look for the real one
+            patch.delitem(sys.modules, name)
         patch.setitem(sys.modules, "cupy", _module())
         patch.delitem(sys.modules, "fused_adam.backends.cupy_cuda", raising=False)
         patch.setattr(_cuda_arrays, "device_of", device_of)

@@ -98,11 +98,11 @@ def test_a_capture_is_refused(cuda):
 
 
 def test_a_cupy_that_does_not_work_is_not_asked_for_its_stream(cuda, monkeypatch):
-    broken = types.ModuleType("cupy")  # importable, and no more
-    monkeypatch.setitem(sys.modules, "cupy", broken)
-    p, g = (cuda.to_device(np.zeros(9, F32)) for _ in range(2))
-    fused_adam.adam_step(p, g, *(cuda.to_device(np.zeros(9, F32)) for _ in range(2)), step=1, backend="numba-cuda")
-    assert len(fake_cupy.launches) == 1
+    with monkeypatch.context() as patch:  # undone before the fixture's own
+        patch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))  # importable, and no more
+        p, g = (cuda.to_device(np.zeros(9, F32)) for _ in range(2))
+        fused_adam.adam_step(p, g, *(cuda.to_device(np.zeros(9, F32)) for _ in range(2)), step=1, backend="numba-cuda")
+        assert len(fake_cupy.launches) == 1
 
 
 def test_failures_change_nothing_and_are_named(cuda):
