@@ -82,7 +82,7 @@ def _statement(opcode: str, operands: list[str]) -> str:
         return f"{operands[0]} = {operands[1]} {_COMPARED[compared[1]]} {operands[2]}"
     if kind in _NUMBERS and name in _FLOAT:
         return f"{operands[0]} = {_FLOAT[name].format(*operands)}"
-    raise NotImplementedError(opcode)
+    raise ValueError(f"no instruction that is known here: {opcode}")
 
 
 def thread(ptx: str) -> Thread:
