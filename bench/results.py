@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,3 @@ def _strings(thing: Any, names: Sequence[str]) -> None:
     for name in names:
         if not isinstance(getattr(thing, name), str):
             raise ValueError(f"{name} should be a string, got {getattr(thing, name)!r}")
-
-
-FIELDS = tuple(f.name for f in fields(Row))

@@ -349,6 +349,17 @@ def test_gradients_that_move_during_a_capture(cupy):
     assert opt.t == 3
 
 
+def test_a_capture_that_is_refused_launches_nothing(cupy):
+    """The first of two launches has a single segment, whose gradient needs no upload; the second has a table."""
+    p = [cupy.zeros(9, F32) for _ in range(3)]
+    opt = fused_adam.Adam([{"params": p[:1]}, {"params": p[1:], "amsgrad": True}])
+    opt.prepare()
+    fake_cupy.capturing.add(5)
+    with pytest.raises(RuntimeError, match="moved during a capture"):
+        opt.step([[p[0].copy()], [a.copy() for a in p[1:]]], stream=5)
+    assert opt.t == 0 and fake_cupy.launches == []
+
+
 def test_ctrl_c_while_gradients_are_looked_at(cupy, monkeypatch):
     """What was known of the last ones is not taken for what was just found of others."""
 

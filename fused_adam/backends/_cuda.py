@@ -79,7 +79,7 @@ def _order(driver: Driver, stream: int, arrays: Sequence[CudaArray], device: int
 
 
 class _Geometry(NamedTuple):
-    """chunk: elements a block takes. table, blocks: both None and 0 if there is nothing to do."""
+    """chunk: elements a block takes. blocks: 0 if there is nothing to do."""
 
     chunk: int
     blocks: int
@@ -140,20 +140,23 @@ class _Launch:
             self._tables[2].write(geometry.segment_of_chunk, stream, wait=True)
         self._blocks = geometry.blocks
 
-    def __call__(self, gradients: Array | None, coefficients: Sequence[Sequence[float]], stream: int) -> None:
-        """gradients: an address for each row, or None for those of the last call."""
+    def bind(self, gradients: Array, stream: int) -> None:
+        """Take an address for each row, for this launch and those that follow."""
         if not self._blocks:
             return
-        if gradients is not None:
-            present = gradients[self._present]
-            if not self._tables:
-                self._arguments["gradient"] = present[0]
-            elif self._uploaded is None or not np.array_equal(present, self._uploaded):
-                if is_capturing(stream):  # a replay would copy from memory that is another's by then
-                    raise RuntimeError("the gradients moved during a capture; do one step with these arrays before it")
-                self._uploaded = None  # until the copy is on its way
-                self._tables[1].write(present, stream)
-                self._uploaded = present
+        present = gradients[self._present]
+        if not self._tables:
+            self._arguments["gradient"] = present[0]
+        elif self._uploaded is None or not np.array_equal(present, self._uploaded):
+            if is_capturing(stream):  # a replay would copy from memory that is another's by then
+                raise RuntimeError("the gradients moved during a capture; do one step with these arrays before it")
+            self._uploaded = None  # until the copy is on its way
+            self._tables[1].write(present, stream)
+            self._uploaded = present
+
+    def __call__(self, coefficients: Sequence[Sequence[float]], stream: int) -> None:
+        if not self._blocks:
+            return
         for k, values in enumerate(coefficients):
             struct.pack_into(f"{len(values)}{self._number}", self._coefficients, k * self._row, *values)
         self._kernel(self._blocks, self._opaque, stream)
@@ -193,18 +196,16 @@ class Stepper:
     ) -> None:
         """Step number t, with a rule, its coefficients and its gradients for each part."""
         on = self.driver.current_stream(self._device) if stream is None else stream_address(stream)
-        unchanged = rules == self._rules and all(map(is_, gradients, self._last))
-        if not unchanged:
+        if not (rules == self._rules and all(map(is_, gradients, self._last))):
             self._look_again(rules, gradients, on)
         with DeferredInterrupt():
             for parts, launch in self._current:
-                rows = None if unchanged else np.concatenate([self._pointers[k] for k in parts])
-                launch(rows, [coefficients[k] for k in parts], on)
+                launch([coefficients[k] for k in parts], on)
             self._t[0] = t
         self._rules = rules
 
     def _look_again(self, rules: Sequence[Rule], gradients: Sequence[Gradients], stream: int) -> None:
-        """Check the gradients and find their addresses, for the launches that fit them."""
+        """Check the gradients and give their addresses to all launches that fit them, before the first of these."""
         self._rules = []  # until the step is done
         last, self._last = self._last, [None] * len(self._parts)
         alive: list[CudaArray] = []
@@ -218,6 +219,8 @@ class Stepper:
         elsewhere = {a.stream for a in alive} - {None, stream or 1}
         self._last = [g if isinstance(g, FlatBuffer) or (g.given and not elsewhere) else None for g in gradients]
         self._current = self._launches(rules, [isinstance(given, FlatBuffer) for given in gradients], stream)
+        for parts, launch in self._current:
+            launch.bind(np.concatenate([self._pointers[k] for k in parts]), stream)
 
     def _launches(self, rules: Sequence[Rule], flat: Sequence[bool], stream: int) -> list[tuple[list[int], _Launch]]:
         """The parts of each launch, and it; made for each choice of rules, and of runs or rows, on first use."""
@@ -280,5 +283,6 @@ def run(driver: Driver, rule: Rule, coefficients: Sequence[float], p: Any, g: An
     )
     launch.place([(0, (p, *states))], stream)
     _order(driver, stream, [p, g, *states], device)
+    launch.bind(np.array([g.address], np.int64), stream)
     with DeferredInterrupt():
-        launch(np.array([g.address], np.int64), [coefficients], stream)
+        launch([coefficients], stream)
