@@ -20,6 +20,8 @@ from .timing import Call, Timing, measure
 _FLUSH_BYTES = 2**28  # more than a processor's caches
 RESIDENT = 2**28  # bytes from which on a working set leaves no trace in a GPU's cache
 _MOST_SETS = 8
+_PLACES_BYTES = 2**29
+_MOST_PLACES = 24
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Case:
     def sets(self) -> int:
         """On a GPU: how many problems, stepped in turn, are too much for its cache."""
         return min(_MOST_SETS, max(1, RESIDENT // self.moved))
+
+    @property
+    def places(self) -> int:
+        """On a CPU: how many problems the rounds take in turn, so that no lucky place in memory decides."""
+        return min(_MOST_PLACES, max(1, _PLACES_BYTES // self.moved))
 
 
 @dataclass(frozen=True)
@@ -90,19 +97,20 @@ def enter(case: Case, candidate: Candidate, problems: Sequence[Problem], checked
 
 def on_cpu(case: Case, candidates: Sequence[Candidate], method: Method, rows: list[Row]) -> None:
     """Append a row for each candidate, also when it is interrupted: then with the rounds that were complete."""
-    problem = Problem(case.size, case.tensors, case.dtype, case.rule)
-    calls, found = {}, []
+    problems = [Problem(case.size, case.tensors, case.dtype, case.rule) for _ in range(min(case.places, method.rounds))]
+    calls: list[dict[str, Call]] = [{} for _ in problems]
+    found = []
     for candidate in candidates:
-        entered, status = enter(case, candidate, [problem], method.check)
+        entered, status = enter(case, candidate, problems, method.check)
         found.append(replace(blank(case, candidate), status=status))
-        if entered:
-            calls[candidate.name] = entered[0]
+        for place, call in zip(calls, entered, strict=False):
+            place[candidate.name] = call
     timings: dict[str, Timing] = {}
     space = np.zeros(_FLUSH_BYTES if case.mode == "cold" else 0, np.uint8)
     flush = partial(np.add, space, 1, out=space) if case.mode == "cold" else None
     try:
         measure(
-            calls,
+            *calls,
             rounds=method.rounds,
             budget_s=method.seconds,
             flush=flush,
@@ -110,7 +118,7 @@ def on_cpu(case: Case, candidates: Sequence[Candidate], method: Method, rows: li
             after_round=method.after_round,
         )
     finally:
-        complete = min((len(t.samples) for t in timings.values()), default=0) if len(timings) == len(calls) else 0
+        complete = min((len(t.samples) for t in timings.values()), default=0) if len(timings) == len(calls[0]) else 0
         for row in found:
             if row.status != "ok":
                 rows.append(row)

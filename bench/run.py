@@ -106,7 +106,7 @@ def _check_memory(todo: list[Case], on_gpu: bool) -> None:
     """Before the first byte is allocated."""
     free = import_module(".gpu.speed", __package__).free_bytes() if on_gpu else machine.free_bytes()
     for case in todo:
-        needed = case.needed * (case.sets if on_gpu else 1)
+        needed = case.needed * (case.sets if on_gpu else case.places)
         if needed > free:
             what = f"--sizes {power(case.size)} ({case.dtype}) needs {needed:,} bytes"
             raise CommandError(f"{what}, {case.needed // case.size} an element; {free:,} are free", Exit.USAGE)

@@ -100,7 +100,7 @@ def _sample(call: Call, batch: int, seconds: float, flush: Call | None) -> tuple
 
 def measure(
     candidates: Mapping[str, Call],
-    *,
+    *elsewhere: Mapping[str, Call],
     rounds: int = 15,
     sample_s: float = 0.002,
     budget_s: float = math.inf,
@@ -111,6 +111,9 @@ def measure(
     after_round: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Timing]:
     """Time every candidate `rounds` times, each round in a new random order.
+
+    elsewhere: the same candidates on other memory, for the rounds to take in turn. Which pages a process happens to get
+    changes what a cache keeps of them, and a step within the caches by a quarter.
 
     A sample is the mean of as many calls as fill `sample_s`. With `quiet`, a sample during which our threads had to
     wait for a core is thrown away and taken again; on a machine that never gets quiet the samples count all the same
@@ -130,12 +133,13 @@ def measure(
         if done >= 3 and time.perf_counter() > deadline:
             break
         shuffle(order)
+        here = (candidates, *elsewhere)[done % (1 + len(elsewhere))]
         for name in order:
             timing = timings[name]
-            sample, disturbed = _sample(candidates[name], timing.batch, sample_s, flush)
+            sample, disturbed = _sample(here[name], timing.batch, sample_s, flush)
             while quiet and disturbed and timing.refused < PATIENCE * rounds and time.perf_counter() < deadline:
                 timing.refused += 1
-                sample, disturbed = _sample(candidates[name], timing.batch, sample_s, flush)
+                sample, disturbed = _sample(here[name], timing.batch, sample_s, flush)
             timing.samples.append(sample)
             timing.disturbed += disturbed
         after_round(done + 1)
