@@ -10,6 +10,7 @@ from fused_adam._optimizer import Lion as Lion
 from fused_adam._optimizer import RMSprop as RMSprop
 from fused_adam._optimizer import adam_step as adam_step
 from fused_adam._optimizer import adamw_step as adamw_step
+from fused_adam._sparse import SparseGrad as SparseGrad
 from fused_adam._user_rule import rule as rule
 from fused_adam.backends import backends as backends
 

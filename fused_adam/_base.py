@@ -15,7 +15,8 @@ from fused_adam._codegen import Rule
 from fused_adam._cuda_arrays import never_moves
 from fused_adam._layout import FlatBuffer, leaves, match, rebuild
 from fused_adam._part import Part
-from fused_adam.backends import LIBRARY, Gradients, Loose, check_name, choose, load
+from fused_adam._sparse import Gather, Mask, SparseGrad, gather, row_masks
+from fused_adam.backends import LIBRARY, DeferredInterrupt, Gradients, Loose, check_name, choose, load
 
 
 class Update(NamedTuple):
@@ -32,12 +33,16 @@ class Optimizer(ABC):
         param_groups: a list of dicts, as in PyTorch: "params" and the hyperparameters, to be changed between steps.
         backend: the name of the backend that runs the step.
         t: the number of steps done.
+        per_row_step: whether each row of a parameter, along its first axis, has a t of its own.
     """
 
     param_groups: list[dict[str, Any]]
     backend: str
+    per_row_step: bool
 
-    def __init__(self, params: Any, hyperparameters: dict[str, Any], backend: str = "auto") -> None:
+    def __init__(
+        self, params: Any, hyperparameters: dict[str, Any], backend: str = "auto", per_row_step: bool = False
+    ) -> None:
         if _is_groups(params):
             groups = [dict(group) for group in params]
             for k, group in enumerate(groups):
@@ -50,6 +55,7 @@ class Optimizer(ABC):
             groups = [{"params": params, **hyperparameters}]
         self._one_group = not _is_groups(params)
         self._names = tuple(hyperparameters)
+        self.per_row_step = _checks.flag("per_row_step", per_row_step)
         self._set_up(groups, backend)
 
     @abstractmethod
@@ -106,7 +112,7 @@ class Optimizer(ABC):
             group = checked[part.group]
             states = [(name, self._initial(group, name)) for name in self._update(group, 1).rule.states]
             _checks.coefficients([(f"initial {name}", x) for name, x in states], part.dtype)
-            part.allocate(states, memory)
+            part.allocate(states, memory, self.per_row_step)
         self.param_groups = groups
         # What gradients are matched to: the caller's own lists and dicts may change.
         self._params = [group["params"] for group in groups]
@@ -153,14 +159,17 @@ class Optimizer(ABC):
         """Compile and allocate now what the first step would."""
         self._stepper.prepare([u.rule for u in self._updates(self.t + 1)])
 
-    def step(self, grads: Any, *, stream: Any = None) -> None:
+    def step(self, grads: Any, *, mask: Any = None, stream: Any = None) -> None:
         """Update all parameters and states in place.
 
         Args:
             grads: arrays in the structure of the parameters (with groups: a list with one entry for each), of their
                 shapes and dtypes and where they are, or a FlatBuffer. Never written; must not overlap what the step
                 writes. One for each parameter: to freeze a parameter, leave it out of params (zeros would still decay
-                it).
+                it). A SparseGrad may stand for any of them.
+            mask: which rows move: a boolean for each row along the first axis. One 1-D array for all parameters, or
+                such arrays in their structure, None where all rows move. The other rows, their states and their
+                gradients are not touched.
             stream: for parameters on a GPU, the CUDA stream to launch on: a stream of CuPy, Numba or PyTorch, or its
                 address as an int. By default CuPy's current stream (Numba's default stream without CuPy). You order
                 it after what wrote the gradients, and keep them until the step is done, as with any work on a stream.
@@ -170,10 +179,12 @@ class Optimizer(ABC):
         """
         groups = self._group_gradients(grads)
         gradients = [self._part_gradients(part, groups) for part in self._parts]
-        self._run(gradients, stream)
+        self._run(gradients, stream, mask)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> None:
         """The step in TensorFlow's form: (gradient, parameter) pairs in any order, each parameter exactly once.
+
+        A gradient may be a SparseGrad, as in `step`.
 
         Raises:
             ValueError, TypeError: as `step`; an array is not a parameter of this optimizer, or comes twice or never.
@@ -201,7 +212,7 @@ class Optimizer(ABC):
         loose = zip(self._parts, gradients, strict=True)
         self._run([Loose(part.names, gs, part.parameters) for part, gs in loose])
 
-    def _run(self, gradients: Sequence[Gradients], stream: Any = None) -> None:
+    def _run(self, gradients: Sequence[Gradients], stream: Any = None, mask: Any = None) -> None:
         if stream is not None and self._device is None:
             raise ValueError("stream is for parameters on a GPU; these are in host memory")
         t = self.t + 1
@@ -212,10 +223,54 @@ class Optimizer(ABC):
         values = [[u.coefficients[n] for n in u.rule.coefficients] for u in updates]
         for part, rule, xs in zip(self._parts, rules, values, strict=True):
             _checks.coefficients(zip(rule.coefficients, xs, strict=True), part.dtype)
-        if stream is None:
-            self._stepper.step(t, rules, values, gradients)
+        options = () if stream is None else (stream,)
+        if mask is not None or self.per_row_step or any(map(_has_rows, gradients)):
+            self._run_rows(t, rules, values, gradients, self._masks(mask), options)
         else:
-            self._stepper.step(t, rules, values, gradients, stream)
+            self._stepper.step(t, rules, values, gradients, *options)
+
+    def _run_rows(
+        self,
+        t: int,
+        rules: Sequence[Rule],
+        coefficients: Sequence[list[float]],
+        gradients: Sequence[Gradients],
+        masks: Sequence[Sequence[Mask | None]],
+        options: tuple[Any, ...],
+    ) -> None:
+        """`_run` where some rows stay, or have a t of their own."""
+        loose = [
+            given if isinstance(given, Loose) else Loose(part.names, [g for _, g in leaves(given, "")], part.parameters)
+            for part, given in zip(self._parts, gradients, strict=True)
+        ]
+        gathers: list[list[Gather | None]] = []
+        for part, rule, values, given, mine in zip(self._parts, rules, coefficients, loose, masks, strict=True):
+
+            def at(number: int, part: Part = part, rule: Rule = rule, values: list[float] = values) -> list[float]:
+                return values if number == t else self._coefficients_at(number, part, rule)
+
+            each = zip(part.names, given.arrays, mine, part.parameters, part.row_steps, strict=True)
+            gathers.append([gather(name, g, mask, p, t, steps, at) for name, g, mask, p, steps in each])
+        with DeferredInterrupt():
+            self._stepper.step_rows(t, rules, coefficients, loose, gathers, *options)
+            for part, some in zip(self._parts, gathers, strict=True):
+                for steps, moved in zip(part.row_steps, some, strict=True):
+                    if steps is not None and moved is not None:
+                        steps[slice(None) if moved.every else moved.rows] = moved.steps
+
+    def _coefficients_at(self, t: int, part: Part, rule: Rule) -> list[float]:
+        update = self._update(self._recheck(part.group, self.param_groups[part.group]), t)
+        values = [update.coefficients[name] for name in rule.coefficients]
+        _checks.coefficients(zip(rule.coefficients, values, strict=True), part.dtype)
+        return values
+
+    def _masks(self, mask: Any) -> list[list[Mask | None]]:
+        """One for each parameter of each part."""
+        masks: list[list[Mask | None]] = [[None] * len(part.names) for part in self._parts]
+        for found, index in zip(row_masks(mask, self._trees, self._one_group), self._index, strict=True):
+            for (part, j), mine in zip(index, found, strict=True):
+                masks[part][j] = mine
+        return masks
 
     def _updates(self, t: int) -> list[Update]:
         """One for each part. Raises when a changed hyperparameter asks for states that do not exist."""
@@ -290,12 +345,14 @@ class Optimizer(ABC):
             "one_group": self._one_group,
             "names": self._names,
             "backend": self._requested,
+            "per_row_step": self.per_row_step,
             "state": self.state_dict(),
         }
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self._one_group = saved["one_group"]
         self._names = saved["names"]
+        self.per_row_step = saved["per_row_step"]
         self._set_up(saved["groups"], saved["backend"])
         self.load_state_dict(saved["state"])
 
@@ -305,6 +362,11 @@ class Optimizer(ABC):
 
 
 _MISSING = object()
+
+
+def _has_rows(given: Gradients) -> bool:
+    """Whether a gradient of some rows is among them."""
+    return type(given) is Loose and SparseGrad in map(type, given.arrays)
 
 
 def _is_constant(x: Any) -> bool:

@@ -36,6 +36,8 @@ class SGD(Optimizer):
         weight_decay: L2 penalty, >= 0.
         maximize: ascend.
         backend: "auto", or one of the names in `backends()`.
+        per_row_step: each row of a parameter, along its first axis, counts its own steps, so that one which moves
+            rarely (see SparseGrad, and mask in `step`) starts like any other.
 
     Raises:
         TypeError, ValueError: an array or a number is wrong; the message names it.
@@ -55,6 +57,7 @@ class SGD(Optimizer):
         maximize: bool = False,
         *,
         backend: str = "auto",
+        per_row_step: bool = False,
     ) -> None:
         hyperparameters = {
             "lr": lr,
@@ -64,7 +67,7 @@ class SGD(Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
-        super().__init__(params, hyperparameters, backend)
+        super().__init__(params, hyperparameters, backend, per_row_step)
 
     def _check(self, group: Mapping[str, Any]) -> dict[str, Any]:
         checked = super()._check(group)
@@ -102,6 +105,7 @@ class Adagrad(Optimizer):
         maximize: bool = False,
         *,
         backend: str = "auto",
+        per_row_step: bool = False,
     ) -> None:
         hyperparameters = {
             "lr": lr,
@@ -111,7 +115,7 @@ class Adagrad(Optimizer):
             "eps": eps,
             "maximize": maximize,
         }
-        super().__init__(params, hyperparameters, backend)
+        super().__init__(params, hyperparameters, backend, per_row_step)
 
     def _initial(self, group: Mapping[str, Any], state: str) -> float:
         return float(group["initial_accumulator_value"])
@@ -148,6 +152,7 @@ class RMSprop(Optimizer):
         maximize: bool = False,
         *,
         backend: str = "auto",
+        per_row_step: bool = False,
     ) -> None:
         hyperparameters = {
             "lr": lr,
@@ -158,7 +163,7 @@ class RMSprop(Optimizer):
             "centered": centered,
             "maximize": maximize,
         }
-        super().__init__(params, hyperparameters, backend)
+        super().__init__(params, hyperparameters, backend, per_row_step)
 
     def _update(self, group: Mapping[str, Any], t: int) -> Update:
         mu = group["momentum"]
@@ -196,6 +201,7 @@ class Adam(Optimizer):
         maximize: bool = False,
         *,
         backend: str = "auto",
+        per_row_step: bool = False,
     ) -> None:
         hyperparameters = {
             "lr": lr,
@@ -205,7 +211,7 @@ class Adam(Optimizer):
             "amsgrad": amsgrad,
             "maximize": maximize,
         }
-        super().__init__(params, hyperparameters, backend)
+        super().__init__(params, hyperparameters, backend, per_row_step)
 
     def _update(self, group: Mapping[str, Any], t: int) -> Update:
         return _adam(group, self._decoupled, t)
@@ -241,8 +247,11 @@ class AdamW(Adam):
         maximize: bool = False,
         *,
         backend: str = "auto",
+        per_row_step: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize, backend=backend)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize, backend=backend, per_row_step=per_row_step
+        )
 
 
 class Lion(Optimizer):
@@ -267,9 +276,10 @@ class Lion(Optimizer):
         maximize: bool = False,
         *,
         backend: str = "auto",
+        per_row_step: bool = False,
     ) -> None:
         hyperparameters = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, hyperparameters, backend)
+        super().__init__(params, hyperparameters, backend, per_row_step)
 
     def _update(self, group: Mapping[str, Any], t: int) -> Update:
         (beta1, beta2), lr, weight_decay = group["betas"], group["lr"], group["weight_decay"]

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from fused_adam import _checks
 from fused_adam._arrays import AnyArray, Array, order, ravel
 from fused_adam._cuda_arrays import view
 from fused_adam._layout import FlatBuffer, Layout
 from fused_adam._memory import Memory
 from fused_adam.backends import Loose, Rows
+
+ROW_STEPS = "row_steps"  # of a state dict
 
 
 class Part:
@@ -27,14 +30,18 @@ class Part:
         self.given: list[Any] = []
         self.parameters: list[AnyArray] = []
         self.states: dict[str, FlatBuffer] = {}
+        self.row_steps: list[Array | None] = []  # of each parameter, int64 on the host; None unless rows have their own
         # The gradients last found to fit and to overlap nothing, if their memory cannot move. Loose ones are kept alive
         # by that, so they are only remembered as long as the same arrays come again: see `remembers`.
         self.last_gradient: FlatBuffer | Loose | None = None
         self.remembers = True
 
-    def allocate(self, states: Iterable[tuple[str, float]], memory: Memory) -> None:
+    def allocate(self, states: Iterable[tuple[str, float]], memory: Memory, per_row_step: bool) -> None:
         shapes = [(p.size,) for p in self.parameters]
         layout = self.flat.layout if self.flat is not None else Layout.of(self.given, shapes, self.dtype)
+        for name, p in zip(self.names, self.parameters, strict=True):
+            rows = _checks.rows(name, p, needed=False)[0] if per_row_step else 0
+            self.row_steps.append(np.zeros(rows, np.int64) if per_row_step else None)
         for name, value in states:
             self.states[name] = FlatBuffer(layout, memory)
             if value:
@@ -49,10 +56,12 @@ class Part:
         shapes = [p.shape if order(p) == "C" else None for p in self.parameters]
         return Rows(self.dtype, shapes, list(rows), list(runs))
 
-    def state(self, name: str, k: int) -> Array:
-        """A copy on the host of the state of parameter k, in its shape and memory order."""
-        buffer, p = self.states[name], self.parameters[k]
-        return buffer.memory.to_host(buffer.views[k]).reshape(p.shape, order="C" if order(p) == "C" else "F")
+    def saved(self, k: int) -> dict[str, Array]:
+        """Copies on the host of the states of parameter k, in its shape and memory order, and of its rows' steps."""
+        p, steps = self.parameters[k], self.row_steps[k]
+        how: Any = "C" if order(p) == "C" else "F"
+        saved = {name: b.memory.to_host(b.views[k]).reshape(p.shape, order=how) for name, b in self.states.items()}
+        return saved if steps is None else saved | {ROW_STEPS: steps.copy()}
 
 
 def _row(a: Any) -> AnyArray:

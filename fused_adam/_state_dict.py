@@ -9,6 +9,7 @@ import numpy as np
 
 from fused_adam import _checks, _memory
 from fused_adam._arrays import Array, order, ravel
+from fused_adam._part import ROW_STEPS
 from fused_adam.backends import DeferredInterrupt
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def save(optimizer: Optimizer) -> dict[str, Any]:
         numbers = list(range(len(state), len(state) + len(index)))
         groups.append({**optimizer._check(group), "params": numbers})
         parts = [(optimizer._parts[k], j) for k, j in index]
-        state += [{name: part.state(name, j) for name in part.states} for part, j in parts]
+        state += [part.saved(j) for part, j in parts]
     return {
         "format": _FORMAT,
         "optimizer": type(optimizer).__name__,
@@ -62,7 +63,12 @@ def load(optimizer: Optimizer, d: Mapping[str, Any]) -> None:
             if tuple(part.states) != wanted:
                 raise ValueError(f"{path} asks for states {wanted} but this optimizer has {tuple(part.states)}")
             name = f'state_dict["state"][{number}]'
-            _checks.same_keys(name, d["state"][number], part.states)
+            row_steps = part.row_steps[j]
+            own = part.states if row_steps is None else (*part.states, ROW_STEPS)
+            _checks.same_keys(name, d["state"][number], own)
+            if row_steps is not None:
+                given_steps = _checks.row_steps(f'{name}["{ROW_STEPS}"]', d["state"][number][ROW_STEPS], row_steps, t)
+                writes.append((np.copyto, (row_steps, given_steps)))
             for key, buffer in part.states.items():
                 source = d["state"][number][key]
                 p = part.parameters[j]

@@ -9,6 +9,7 @@ from typing import Any
 from fused_adam import _checks
 from fused_adam._base import Optimizer, Update
 from fused_adam._codegen import Rule, parse
+from fused_adam._part import ROW_STEPS
 
 
 def rule(update: Callable[..., Any], coefficients: Callable[..., Mapping[str, float]] | None = None) -> type[Optimizer]:
@@ -23,8 +24,8 @@ def rule(update: Callable[..., Any], coefficients: Callable[..., Mapping[str, fl
             is a hyperparameter of its own that must be given.
 
     Returns:
-        A class that is used like `Adam`: ``Class(params, *, backend="auto", **hyperparameters)``. It pickles if it is
-        reachable under the rule's name, as with ``@fused_adam.rule``.
+        A class that is used like `Adam`: ``Class(params, *, backend="auto", per_row_step=False, **hyperparameters)``.
+        It pickles if it is reachable under the rule's name, as with ``@fused_adam.rule``.
 
     Raises:
         ValueError: the rule is outside this grammar; the message shows the line.
@@ -43,11 +44,13 @@ def rule(update: Callable[..., Any], coefficients: Callable[..., Mapping[str, fl
         if not arguments:
             raise ValueError(f"coefficients of rule {parsed.name!r} should take t first, then the hyperparameters")
         defaults = {a.name: a.default for a in arguments[1:]}
-    for taken in {"self", "params", "backend"} & set(defaults):
+    for taken in {"self", "params", "backend", "per_row_step"} & set(defaults):
         raise ValueError(f"rule {parsed.name!r}: a hyperparameter cannot be called {taken!r}; choose another name")
 
     class Made(Optimizer):
-        def __init__(self, params: Any, *, backend: str = "auto", **hyperparameters: Any) -> None:
+        def __init__(
+            self, params: Any, *, backend: str = "auto", per_row_step: bool = False, **hyperparameters: Any
+        ) -> None:
             for name in hyperparameters:
                 if name not in defaults:
                     raise TypeError(f"{parsed.name} has no hyperparameter {name!r}; it has {list(defaults)}")
@@ -55,7 +58,7 @@ def rule(update: Callable[..., Any], coefficients: Callable[..., Mapping[str, fl
             for name, value in values.items():
                 if value is inspect.Parameter.empty:
                     raise TypeError(f"{parsed.name} needs {name}=")
-            super().__init__(params, values, backend)
+            super().__init__(params, values, backend, per_row_step)
 
         def _check_one(self, name: str, value: Any) -> Any:
             return _checks.real(name, value)
@@ -82,6 +85,8 @@ def _parse(f: Callable[..., Any]) -> Rule:
         raise ValueError(f"rule {rule.name!r}: the first two arguments should be p and g, got {rule.arguments}")
     if rule.outputs[0] != "p" or "g" in rule.outputs:
         raise ValueError(f"rule {rule.name!r}: return p first, then the states, and not g")
+    if ROW_STEPS in rule.states:
+        raise ValueError(f"rule {rule.name!r}: a state cannot be called {ROW_STEPS!r}; choose another name")
     assigned = {a.target for a in rule.assignments}
     for n in rule.outputs:
         if n not in assigned:

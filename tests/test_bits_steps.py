@@ -27,8 +27,8 @@ def test_threads(serial_below: int, threads: int, dtype: Any, monkeypatch: pytes
     if threads > numba.config.NUMBA_NUM_THREADS:
         missing(f"NUMBA_NUM_THREADS is {numba.config.NUMBA_NUM_THREADS}")
     ran_serial = []
-    serial = numba_cpu._serial
-    monkeypatch.setattr(numba_cpu, "_serial", lambda *a: (ran_serial.append(True), serial(*a)))
+    serial = numba_cpu._LOOPS.serial
+    monkeypatch.setattr(numba_cpu._LOOPS, "serial", lambda *a: (ran_serial.append(True), serial(*a)))
     monkeypatch.setattr(numba_cpu, "SERIAL_BELOW", serial_below)
     rule = bind(*LARGEST)
     given = inputs(rule, dtype, N, share=0.1)

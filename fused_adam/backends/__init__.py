@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from itertools import compress
 from operator import is_
 from types import FrameType, ModuleType, TracebackType
 from typing import Any, NamedTuple
@@ -127,6 +128,10 @@ class Loose(NamedTuple):
     arrays: list[Any]
     parameters: list[AnyArray]
     given: Sequence[Any] = ()
+
+    def only(self, keep: Sequence[bool]) -> Loose:
+        """Some of them."""
+        return Loose(*(list(compress(x, keep)) for x in (self.names, self.arrays, self.parameters)))
 
     def is_of(self, grads: list[Any]) -> bool:
         return len(grads) == len(self.given) and all(map(is_, grads, self.given))

@@ -24,12 +24,13 @@ from fused_adam import _checks, _coefficients
 from fused_adam._arrays import Array, address
 from fused_adam._codegen import Rule
 from fused_adam._layout import FlatBuffer
+from fused_adam._sparse import Gather
 from fused_adam.backends import PID, DeferredInterrupt, Gradients, Loose, Rows
 from fused_adam.backends._numba_kernels import cached, kernel
 
 CHUNK = 2**16  # elements a thread takes at a time
 SERIAL_BELOW = 2**18  # elements; below, waking the threads costs more than they save
-_COLUMNS = 2  # n and part stand before the addresses
+COLUMNS = 2  # n and part stand before the addresses
 
 
 def unusable() -> str:
@@ -41,7 +42,7 @@ def unusable() -> str:
 
 
 @intrinsic
-def _call(typingctx: Any, kernel: Any, row: Any, lo: Any, n: Any, coefficients: Any) -> Any:
+def call(typingctx: Any, kernel: Any, row: Any, lo: Any, n: Any, coefficients: Any) -> Any:
     """Call the C function at an address with the rows and coefficients of two arrays."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -83,10 +84,9 @@ _STEP = [types.void(TABLE, INTS, INTS, COEFFICIENTS, INTS, I64)]
 @numba.njit(inline="always")
 def chunk(rows: Any, kernels: Any, coefficients: Any, r: Any, lo: Any) -> None:
     part = rows[r, 1]
-    _call(kernels[part], rows[r, _COLUMNS:], lo, min(CHUNK, rows[r, 0] - lo), coefficients[part])
+    call(kernels[part], rows[r, COLUMNS:], lo, min(CHUNK, rows[r, 0] - lo), coefficients[part])
 
 
-@jit(_STEP, nogil=True)
 def _serial(rows: Any, first: Any, kernels: Any, coefficients: Any, t: Any, t_new: Any) -> None:
     for r in range(rows.shape[0]):
         for lo in range(0, rows[r, 0], CHUNK):
@@ -94,17 +94,44 @@ def _serial(rows: Any, first: Any, kernels: Any, coefficients: Any, t: Any, t_ne
     t[0] = t_new
 
 
-def _parallel_loop(rows: Any, first: Any, kernels: Any, coefficients: Any, t: Any, t_new: Any) -> None:
+def _parallel(rows: Any, first: Any, kernels: Any, coefficients: Any, t: Any, t_new: Any) -> None:
     for k in numba.prange(first[-1]):
         r = np.searchsorted(first, k, side="right") - 1  # chunk -> row
         chunk(rows, kernels, coefficients, r, (k - first[r]) * CHUNK)
     t[0] = t_new
 
 
+class Loops:
+    """A loop that runs on one thread, and one that runs on all; the latter is compiled on first use."""
+
+    def __init__(self, signatures: list[Any], serial: Callable[..., None], parallel: Callable[..., None]) -> None:
+        self._signatures = signatures
+        self._parallel = parallel
+        self.serial = jit(signatures, nogil=True)(serial)
+        self.compiled = False
+
+    def compile(self) -> None:
+        """The first to be compiled loads GNU OpenMP and starts its threads.
+
+        Threads that spin for work collapse when other processes are busy, so their spinning is bounded. OpenMP reads
+        its variables once, when it is loaded; they are put back so that nobody else sees them.
+        """
+        bounded = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
+        if bounded:
+            os.environ["GOMP_SPINCOUNT"] = "20000"  # long enough to last from one step to the next
+        try:
+            self.parallel = jit(self._signatures, nogil=True, parallel=True)(self._parallel)
+        finally:
+            if bounded:
+                del os.environ["GOMP_SPINCOUNT"]
+        self.compiled = True
+
+
+_LOOPS = Loops(_STEP, _serial, _parallel)
+
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 _pool = threading.Lock()  # held by the one thread that may use Numba's thread pool
-_parallel: Any = None  # _parallel_loop, once compiled
 _forked = os.getpid() != PID  # by a parent whose own Numba code may have started the pool
 
 
@@ -118,44 +145,34 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _start_pool() -> None:
-    """Compile the parallel loop, which loads GNU OpenMP and starts its threads.
-
-    Threads that spin for work collapse when other processes are busy, so their spinning is bounded. OpenMP reads its
-    variables once, when it is loaded; they are put back so that nobody else sees them.
-    """
-    global _parallel
-    bounded = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
-    if bounded:
-        os.environ["GOMP_SPINCOUNT"] = "20000"  # long enough to last from one step to the next
-    try:
-        _parallel = jit(_STEP, nogil=True, parallel=True)(_parallel_loop)
-    finally:
-        if bounded:
-            del os.environ["GOMP_SPINCOUNT"]
-
-
-def _threads() -> int:
+def _threads(loops: Loops) -> int:
     """How many threads a step may use; the caller holds `_pool`."""
-    if _parallel is None:
-        _start_pool()
+    if not loops.compiled:
+        loops.compile()
     # Numba's own pool aborts the process when two threads use it at once, and not only ours might.
     alone = threading.current_thread() is threading.main_thread() or numba.threading_layer() != "workqueue"
     return numba.get_num_threads() if alone else 1
 
 
-def launch(n: int, rows: Array, first: Array, kernels: Array, coefficients: Array, t: Array, t_new: int) -> None:
-    """Run a table of n elements in all: in parallel if it is worth it, and if no other thread is at it."""
+def ready(n: int, loops: Loops = _LOOPS) -> None:
+    """Compile what `launch` needs."""
+    if n >= SERIAL_BELOW and not _forked and not loops.compiled:
+        with DeferredInterrupt(), _pool:
+            _threads(loops)
+
+
+def launch(n: int, *arguments: Any, loops: Loops = _LOOPS) -> None:
+    """Run a loop over n elements in all: in parallel if it is worth it, and if no other thread is at it."""
     if n >= SERIAL_BELOW and not _forked:
         with DeferredInterrupt():  # one that fell between acquire and release would leave every later step serial
             if _pool.acquire(blocking=False):
                 try:
-                    run = _parallel if _threads() > 1 else _serial
-                    run(rows, first, kernels, coefficients, t, t_new)
+                    run = loops.parallel if _threads(loops) > 1 else loops.serial
+                    run(*arguments)
                     return
                 finally:
                     _pool.release()
-    _serial(rows, first, kernels, coefficients, t, t_new)
+    loops.serial(*arguments)
 
 
 # --- stepper ----------------------------------------------------------------------------------------------------------
@@ -177,6 +194,11 @@ def _address(column: Any, k: Any, itemsize: Any, g: Any) -> Any:
     return True
 
 
+def _chunks(rows: Array) -> Array:
+    """The number of each row's first chunk, and how many there are."""
+    return np.concatenate([[0], np.cumsum(-(-rows[:, 0] // CHUNK))]).astype(np.int64)
+
+
 class Stepper:
     """Steps over fixed parameters and states; see `numpy_cpu.Stepper`."""
 
@@ -185,14 +207,14 @@ class Stepper:
         self._t = t
         self._writes = writes
         rows = [(k, row) for k, part in enumerate(parts) for row in part.rows]
-        self._rows = np.zeros((len(rows), _COLUMNS + 1 + max(len(row) for _, row in rows)), np.int64)
+        self._rows = np.zeros((len(rows), COLUMNS + 1 + max(len(row) for _, row in rows)), np.int64)
         for r, (k, (p, *states)) in enumerate(rows):
             addresses = [address(p), 0, *map(address, states)]
-            self._rows[r, : _COLUMNS + len(addresses)] = [p.size, k, *addresses]
-        self._first = np.concatenate([[0], np.cumsum(-(-self._rows[:, 0] // CHUNK))]).astype(np.int64)
+            self._rows[r, : COLUMNS + len(addresses)] = [p.size, k, *addresses]
+        self._first = _chunks(self._rows)
         self._n = int(self._rows[:, 0].sum())
         ends = np.cumsum([len(part.rows) for part in parts]).tolist()
-        gradients = self._rows[:, _COLUMNS + 1]
+        gradients = self._rows[:, COLUMNS + 1]
         self._gradients = [gradients[end - len(part.rows) : end] for part, end in zip(parts, ends, strict=True)]
         self._nbytes = [np.array([row[0].nbytes for row in part.rows], np.int64) for part in parts]
         self._rules: list[Rule] = []
@@ -200,12 +222,16 @@ class Stepper:
         self._coefficients = np.zeros((len(parts), 1))
 
     def prepare(self, rules: Sequence[Rule]) -> None:
-        self._use(rules)
-        if self._n >= SERIAL_BELOW and not _forked:
-            with DeferredInterrupt(), _pool:
-                _threads()
+        self._take(rules)
+        ready(self._n)
 
-    def _use(self, rules: Sequence[Rule]) -> None:
+    def _use(self, rules: Sequence[Rule], coefficients: Sequence[Sequence[float]]) -> None:
+        if self._rules != rules:
+            self._take(rules)
+        for k, values in enumerate(coefficients):
+            self._coefficients[k, : len(values)] = values
+
+    def _take(self, rules: Sequence[Rule]) -> None:
         kernels = [kernel(rule, part.dtype) for rule, part in zip(rules, self._parts, strict=True)]
         coefficients = np.zeros((len(rules), max(1, *(len(rule.coefficients) for rule in rules))))
         # all or nothing: kernels of other rules than self._rules would run unnoticed
@@ -215,10 +241,7 @@ class Stepper:
         self, t: int, rules: Sequence[Rule], coefficients: Sequence[Sequence[float]], gradients: Sequence[Gradients]
     ) -> None:
         """Step number t, with a rule, its coefficients and its gradients for each part."""
-        if self._rules != rules:
-            self._use(rules)
-        for k, values in enumerate(coefficients):
-            self._coefficients[k, : len(values)] = values
+        self._use(rules, coefficients)
         alive = []  # copies that must outlive the launch
         parts = zip(self._parts, self._gradients, self._nbytes, gradients, strict=True)
         for part, column, nbytes, given in parts:
@@ -227,6 +250,43 @@ class Stepper:
             else:
                 alive.append(self._bind(part, column, nbytes, given))
         launch(self._n, self._rows, self._first, self._kernels, self._coefficients, self._t, t)
+
+    def step_rows(
+        self,
+        t: int,
+        rules: Sequence[Rule],
+        coefficients: Sequence[Sequence[float]],
+        gradients: Sequence[Loose],
+        gathers: Sequence[Sequence[Gather | None]],
+    ) -> None:
+        """`step` where of each parameter that has one only the rows of its gather move."""
+        from fused_adam.backends._numba_rows import LOOPS, move  # compiled only where they are needed
+
+        self._use(rules, coefficients)
+        leaves = [
+            (k, *leaf)
+            for k, (part, given, some) in enumerate(zip(self._parts, gradients, gathers, strict=True))
+            for leaf in zip(*given[:3], part.rows, some, strict=True)
+        ]
+        gs = []
+        for _, name, g, p, _, moved in leaves:
+            gs.append(moved.values() if moved else _checks.gradient(name, g, p))
+            self._writes.refuse(name, gs[-1])
+        ordinary = [r for r, (*_, moved) in enumerate(leaves) if moved is None]
+        rows = self._rows[ordinary]
+        rows[:, COLUMNS + 1] = [address(gs[r]) for r in ordinary]
+        moves = [
+            move(int(self._kernels[k]), row, g, moved)
+            for (k, *_, row, moved), g in zip(leaves, gs, strict=True)
+            if moved is not None
+        ]
+        ready(self._n)
+        ready(max((m.n for m in moves if m), default=0), LOOPS)
+        with DeferredInterrupt():
+            launch(int(rows[:, 0].sum()), rows, _chunks(rows), self._kernels, self._coefficients, self._t, self._t[0])
+            for n, arguments, _ in filter(None, moves):
+                launch(n, *arguments, loops=LOOPS)
+            self._t[0] = t
 
     def _bind(self, part: Rows, column: Array, nbytes: Array, given: Loose) -> list[Array]:
         """Check the gradients and write their addresses."""

@@ -13,6 +13,7 @@ from fused_adam import _checks
 from fused_adam._arrays import Array, address
 from fused_adam._codegen import Rule, numpy_kernel
 from fused_adam._layout import FlatBuffer
+from fused_adam._sparse import Gather
 from fused_adam.backends import DeferredInterrupt, Gradients, Loose, Rows
 
 # Elements a chunk: five float32 streams and the scratch rows of one chunk fit in a 1 MiB L2 cache.
@@ -86,6 +87,59 @@ def _calls(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states
     return calls
 
 
+def _row_calls(rule: Rule, moved: Gather, p: Array, values: Array, states: Sequence[Array]) -> list[_Call]:
+    """Calls for the rows of a parameter that move: those that do not follow each other go through scratch rows."""
+    values, source = moved.summed(values)
+    w = moved.width
+    everyone = np.arange(p.size // max(w, 1)) if moved.every else moved.rows
+    if not p.size or not len(everyone):
+        return []
+    # Rows as opaque bytes: NumPy copies each in one go, whether it is aligned or not.
+    row = np.dtype((np.void, w * p.itemsize))
+    gradients, table = values.reshape(-1).view(row), [a.view(row) for a in (p, *states)]
+    each = max(1, CHUNK // w)
+    if w > CHUNK:
+        zeros, inside, found = np.zeros(w, p.dtype), [], np.zeros(0, row)  # such a row is always a chunk of its own
+    else:
+        used = kernel(rule)[1] + 1 + len(table)  # by `_calls`
+        spare = [a[: each * w] for a in _scratch(used + 2 + len(table), p.dtype)[used:-1]]
+        zeros, *inside = spare[1:]
+        found = spare[0].view(row)
+    calls: list[_Call] = []
+    for coefficients, mine in moved.by_variant(everyone):
+        for lo in range(0, len(mine), each):
+            here = mine[lo : lo + each]
+            n = len(here)
+            first, last = np.searchsorted(moved.rows, (here[0], here[-1] + 1))
+            place = np.searchsorted(here, moved.rows[first:last])
+            own = here[place] == moved.rows[first:last]
+            place, numbers = place[own], source[first:last][own]
+            if len(numbers) == n and numbers[-1] - numbers[0] == n - 1 and np.all(np.diff(numbers) == 1):
+                g = values[numbers[0] * w : (numbers[0] + n) * w]
+            else:
+                g = zeros[: n * w]
+                calls.append((g.fill, [np.zeros((), g.dtype)]))
+                calls.append((_take, [gradients, numbers, found[: len(numbers)]]))
+                calls.append((_put, [g.view(row), place, found[: len(numbers)]]))
+            if here[-1] - here[0] == n - 1:
+                rows = [a[here[0] * w : (here[0] + n) * w] for a in (p, *states)]
+                calls += _calls(rule, coefficients, rows[0], g, rows[1:])
+            else:
+                rows = [a[: n * w] for a in inside]
+                calls += [(_take, [a, here, copy.view(row)]) for a, copy in zip(table, rows, strict=True)]
+                calls += _calls(rule, coefficients, rows[0], g, rows[1:])
+                calls += [(_put, [a, here, copy.view(row)]) for a, copy in zip(table, rows, strict=True)]
+    return calls
+
+
+def _take(a: Array, rows: Array, out: Array) -> None:
+    np.take(a, rows, 0, out, "clip")  # they were checked; with "raise" it would go through a buffer
+
+
+def _put(a: Array, rows: Array, values: Array) -> None:
+    a[rows] = values
+
+
 def _execute(calls: Sequence[_Call], t: Array, t_new: int) -> None:
     quiet = _quiet()
     with DeferredInterrupt():
@@ -133,6 +187,26 @@ class Stepper:
                 rows, gs = part.rows, self._checked(given)
             for (p, *states), g in zip(rows, gs, strict=True):
                 calls += _calls(rule, values, p, g, states)
+        _execute(calls, self._t, t)
+
+    def step_rows(
+        self,
+        t: int,
+        rules: Sequence[Rule],
+        coefficients: Sequence[Sequence[float]],
+        gradients: Sequence[Loose],
+        gathers: Sequence[Sequence[Gather | None]],
+    ) -> None:
+        """`step` where of each parameter that has one only the rows of its gather move."""
+        calls: list[_Call] = []
+        for part, rule, values, given, some in zip(self._parts, rules, coefficients, gradients, gathers, strict=True):
+            dense = iter(self._checked(given.only([moved is None for moved in some])))
+            for (p, *states), moved in zip(part.rows, some, strict=True):
+                if moved is None:
+                    calls += _calls(rule, values, p, next(dense), states)
+                else:
+                    self._writes.refuse(moved.name, g := moved.values())
+                    calls += _row_calls(rule, moved, p, g, states)
         _execute(calls, self._t, t)
 
     def _checked(self, given: Loose) -> list[Array]:
