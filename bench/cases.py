@@ -113,6 +113,22 @@ TORCH_FUSED = Candidate("torch fused", torch_optimizer(fused=True), ("torch",))
 TEXTBOOK = Candidate("textbook NumPy", textbook)
 
 
+def splats() -> dict[str, Call]:
+    """Adam over 10^6 rows of 59 numbers, as 3D Gaussian splatting has them: all, and the tenth of them that is seen."""
+    rng = np.random.default_rng(0)
+    p = rng.standard_normal((10**6, 59), dtype=np.float32)
+    g = p * np.float32(1e-3)
+    seen = rng.random(len(p)) < 0.1
+    rows = np.flatnonzero(seen)
+    lazy = fused_adam.SparseGrad(rows, g[rows], lazy=True)
+    opt = fused_adam.Adam(p, backend="numba")
+    return {
+        "all rows": lambda: opt.step(g),
+        "a tenth, masked": lambda: opt.step(g, mask=seen),
+        "a tenth, lazy": lambda: opt.step(lazy),
+    }
+
+
 def many(shapes: Sequence[int]) -> dict[str, Call]:
     """One AdamW over many small parameters: ours flat, ours as a list, torch fused."""
     import torch

@@ -14,7 +14,7 @@ from typing import Any
 
 import fused_adam
 
-from .cases import NUMBA, NUMPY, ROOF, TEXTBOOK, THREADS, TORCH_FUSED, Candidate, Problem, many
+from .cases import NUMBA, NUMPY, ROOF, TEXTBOOK, THREADS, TORCH_FUSED, Candidate, Problem, many, splats
 from .report import disturbed, figures, progress, table
 from .timing import Call, Timing, measure, ratio
 
@@ -117,6 +117,11 @@ EXPERIMENTS = (
             Target("fused_adam list", "torch fused", 3.0),
         ),
         sample_s=0.005,
+    ),
+    Experiment(
+        "10^6 rows of 59",
+        splats,
+        (Target("a tenth, masked", "all rows", 4.0), Target("a tenth, lazy", "all rows", 4.0)),
     ),
     # Under load a step is either undisturbed or as long as a time slice: a sample must span many of both.
     Experiment(
