@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from operator import is_
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,8 @@ class Optimizer(ABC):
     param_groups: list[dict[str, Any]]
     backend: str
     per_row_step: bool
+    # Hyperparameters that older state dicts lack, and what they then are.
+    _later: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self, params: Any, hyperparameters: dict[str, Any], backend: str = "auto", per_row_step: bool = False
@@ -112,7 +115,7 @@ class Optimizer(ABC):
             group = checked[part.group]
             states = [(name, self._initial(group, name)) for name in self._update(group, 1).rule.states]
             _checks.coefficients([(f"initial {name}", x) for name, x in states], part.dtype)
-            part.allocate(states, memory, self.per_row_step)
+            self._allocate(part, states, memory)
         self.param_groups = groups
         # What gradients are matched to: the caller's own lists and dicts may change.
         self._params = [group["params"] for group in groups]
@@ -144,6 +147,10 @@ class Optimizer(ABC):
             part.names.append(self._path(group) + name[len(path) :])
             part.given.append(given)
             part.parameters.append(p)
+
+    def _allocate(self, part: Part, states: Sequence[tuple[str, float]], memory: _memory.Memory) -> None:
+        """Give a part its states, of which each starts from a value."""
+        part.allocate(states, memory, self.per_row_step)
 
     def _path(self, group: int) -> str:
         """What a message calls a group's gradients."""
@@ -370,8 +377,8 @@ def _has_rows(given: Gradients) -> bool:
 
 
 def _is_constant(x: Any) -> bool:
-    """Whether an object can never mean another number than it does now; a list of betas can."""
-    return type(x) in (float, int, bool) or (type(x) is tuple and all(map(_is_constant, x)))
+    """Whether an object can never mean anything else than it does now; a list of betas can."""
+    return type(x) in (float, int, bool, str) or (type(x) is tuple and all(map(_is_constant, x)))
 
 
 def _is_groups(params: Any) -> bool:

@@ -83,6 +83,18 @@ def step_number(x: Any, least: int = 1, name: str = "step") -> int:
     return int(x)
 
 
+# Libraries whose form of Adam can be asked for; `_optimizer.Adam` says what they are.
+NUMERICS = ("torch", "tf", "keras", "apex", "optax", "bitsandbytes", "mlx")
+
+
+def numerics(name: str, x: Any) -> str:
+    if not isinstance(x, str):
+        raise TypeError(f"{name} should be a string, got {x!r}")
+    if x not in NUMERICS:
+        raise ValueError(f"{name} should be one of {', '.join(NUMERICS)}, got {x!r}")
+    return x
+
+
 HYPERPARAMETERS = {
     "lr": nonnegative,
     "betas": betas,
@@ -97,6 +109,8 @@ HYPERPARAMETERS = {
     "centered": flag,
     "amsgrad": flag,
     "maximize": flag,
+    "numerics": numerics,
+    "eps_root": nonnegative,
 }
 
 

@@ -36,6 +36,39 @@ def adamw(
     return c1, c2, lr * root / bias_correction(c1, t), eps * root, lr * weight_decay
 
 
+def eps_hat(
+    t: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> tuple[float, float, float, float, float]:
+    """As `adamw`, but eps, as it is given, stands beside the raw v: "epsilon hat" of Kingma & Ba 2015, section 2."""
+    c1, c2, step, _, decay = adamw(t, lr, beta1, beta2, eps, weight_decay)
+    return c1, c2, step, eps, decay
+
+
+def uncorrected(
+    t: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> tuple[float, float, float, float, float]:
+    """As `adamw`, without bias correction."""
+    return 1.0 - beta1, 1.0 - beta2, lr, eps, lr * weight_decay
+
+
+def adamw_root(
+    t: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, eps_root: float
+) -> tuple[float, float, float, float, float, float]:
+    """c1, c2, step, eps, root, decay: the bias correction moved into both eps."""
+    c1, c2, step, eps, decay = adamw(t, lr, beta1, beta2, eps, weight_decay)
+    return c1, c2, step, eps, eps_root * bias_correction(c2, t), decay
+
+
+def amsgradw_hat(
+    t: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, eps_root: float
+) -> tuple[float, float, float, float, float, float, float]:
+    """c1, c2, correction, step, eps, root, decay: v is corrected by itself, before its maximum is taken."""
+    c1 = 1.0 - beta1
+    c2 = 1.0 - beta2
+    correction = 1.0 / bias_correction(c2, t)
+    return c1, c2, correction, lr / bias_correction(c1, t), eps, eps_root, lr * weight_decay
+
+
 def momentum(t: int, lr: float, mu: float, dampening: float) -> tuple[float, float, float]:
     """mu, rate, lr: the first gradient enters the momentum whole, as in PyTorch."""
     return mu, 1.0 if t == 1 else 1.0 - dampening, lr

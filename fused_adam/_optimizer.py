@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fused_adam import _checks, _coefficients
@@ -173,7 +174,7 @@ class RMSprop(Optimizer):
 
 
 class Adam(Optimizer):
-    """Adam, as ``torch.optim.Adam``.
+    """Adam, as ``torch.optim.Adam``, or in another library's form.
 
     With g the gradient plus ``weight_decay * p`` and t from 1::
 
@@ -183,12 +184,26 @@ class Adam(Optimizer):
 
     computed with the bias corrections folded into lr and eps; see `_rules.adam` for the exact order.
 
-    Args: as `SGD`, and betas, both in [0, 1), eps >= 0, amsgrad.
+    ``numerics`` names the library whose formula to follow, so that its runs can be carried over (see
+    `fused_adam.checkpoint`). Defaults stay ours; what is not said is as above. With q1 and q2 the corrections
+    ``1 - beta1**t`` and ``1 - beta2**t``::
+
+        "torch"         the formula above
+        "apex"          the same, with L2 as its adam_w_mode=False; no amsgrad
+        "tf"            lr * sqrt(q2) / q1 * m / (sqrt(v) + eps): TensorFlow 1; no amsgrad
+        "keras"         the same, with amsgrad. Keras' eps is 1e-7, and its weight_decay is that of `AdamW`
+        "optax"         lr * (m / q1) / (sqrt(v / q2 + eps_root) + eps); amsgrad takes the largest v / q2
+        "bitsandbytes"  as above, then ``p = p - lr * weight_decay * p``, for `Adam` too: its CUDA kernels as of 0.50.1
+                        (the other backends decay first, as `AdamW` with "torch"); no amsgrad
+        "mlx"           lr * m / (sqrt(v) + eps): MLX's default; with its bias_correction=True it is "torch"; no amsgrad
+
+    Args: as `SGD`, and betas, both in [0, 1), eps >= 0, amsgrad, numerics, and eps_root >= 0, for "optax" only.
 
     References: Kingma & Ba, ICLR 2015, algorithm 1; Reddi, Kale & Kumar, ICLR 2018 (amsgrad).
     """
 
     _decoupled = False
+    _later = MappingProxyType({"numerics": "torch", "eps_root": 0.0})
 
     def __init__(
         self,
@@ -200,6 +215,8 @@ class Adam(Optimizer):
         amsgrad: bool = False,
         maximize: bool = False,
         *,
+        numerics: str = "torch",
+        eps_root: float = 0.0,
         backend: str = "auto",
         per_row_step: bool = False,
     ) -> None:
@@ -210,26 +227,58 @@ class Adam(Optimizer):
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "maximize": maximize,
+            "numerics": numerics,
+            "eps_root": eps_root,
         }
         super().__init__(params, hyperparameters, backend, per_row_step)
+
+    def _check(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        checked = super()._check(group)
+        numerics = checked["numerics"]
+        if checked["amsgrad"] and numerics not in _WITH_AMSGRAD:
+            raise ValueError(f'numerics="{numerics}" has no amsgrad; {", ".join(_WITH_AMSGRAD)} have it')
+        if checked["eps_root"] and numerics != "optax":
+            raise ValueError(f'eps_root is for numerics="optax", not "{numerics}"; leave it at 0')
+        return checked
 
     def _update(self, group: Mapping[str, Any], t: int) -> Update:
         return _adam(group, self._decoupled, t)
 
 
+_WITH_AMSGRAD = ("torch", "keras", "optax")
+
+
 def _adam(group: Mapping[str, Any], decoupled: bool, t: int) -> Update:
-    weight_decay = group["weight_decay"]
+    numerics, amsgrad = group["numerics"], group["amsgrad"]
+    weight_decay, eps_root = group["weight_decay"], group["eps_root"]
     beta1, beta2 = group["betas"]
-    c1, c2, step, eps, decay = _coefficients.adamw(t, group["lr"], beta1, beta2, group["eps"], weight_decay)
-    rule = ("amsgrad" if group["amsgrad"] else "adam") + ("w" if decoupled and weight_decay else "")
-    coefficients = {"c1": c1, "c2": c2, "step": step, "eps": eps, "decay": decay}
-    return _update(rule, group, coefficients, 0.0 if decoupled else weight_decay)
+    numbers = (t, group["lr"], beta1, beta2, group["eps"], weight_decay)
+    form, root, correction = "", 0.0, 1.0
+    if numerics == "bitsandbytes":
+        decoupled = True
+        form = "_after" if weight_decay else ""
+    if numerics == "optax" and amsgrad:
+        form = "_hat"
+        c1, c2, correction, step, eps, root, decay = _coefficients.amsgradw_hat(*numbers, eps_root)
+    elif eps_root:
+        form = "_root"
+        c1, c2, step, eps, root, decay = _coefficients.adamw_root(*numbers, eps_root)
+    elif numerics in ("tf", "keras"):
+        c1, c2, step, eps, decay = _coefficients.eps_hat(*numbers)
+    elif numerics == "mlx":
+        c1, c2, step, eps, decay = _coefficients.uncorrected(*numbers)
+    else:
+        c1, c2, step, eps, decay = _coefficients.adamw(*numbers)
+    rule = ("amsgrad" if amsgrad else "adam") + ("w" if decoupled and weight_decay else "") + form
+    values = {"c1": c1, "c2": c2, "correction": correction, "step": step, "eps": eps, "root": root, "decay": decay}
+    return _update(rule, group, values, 0.0 if decoupled else weight_decay)
 
 
 class AdamW(Adam):
     """Adam with decoupled weight decay, as ``torch.optim.AdamW``.
 
-    As `Adam`, but the decay does not enter the gradient: ``p`` also loses ``lr * weight_decay * p``.
+    As `Adam`, but the decay does not enter the gradient: ``p`` also loses ``lr * weight_decay * p`` of the old p, in
+    every ``numerics`` but "bitsandbytes", where it is of the new p. (TensorFlow 1's own AdamWOptimizer leaves lr out.)
 
     Reference: Loshchilov & Hutter, ICLR 2019, algorithm 2.
     """
@@ -246,11 +295,23 @@ class AdamW(Adam):
         amsgrad: bool = False,
         maximize: bool = False,
         *,
+        numerics: str = "torch",
+        eps_root: float = 0.0,
         backend: str = "auto",
         per_row_step: bool = False,
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, maximize, backend=backend, per_row_step=per_row_step
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize,
+            numerics=numerics,
+            eps_root=eps_root,
+            backend=backend,
+            per_row_step=per_row_step,
         )
 
 
@@ -357,6 +418,8 @@ def _adam_step(
         "weight_decay": _checks.nonnegative("weight_decay", weight_decay),
         "amsgrad": max_v is not None,
         "maximize": _checks.flag("maximize", maximize),
+        "numerics": "torch",
+        "eps_root": 0.0,
     }
     update = _adam(group, _checks.flag("decoupled_weight_decay", decoupled), t)
     views = _checks.step_arrays(arrays)

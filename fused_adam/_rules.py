@@ -117,6 +117,57 @@ def amsgradw(p, g, m, v, max_v, c1, c2, step, eps, decay):
     return p, m, v, max_v
 
 
+def adam_root(p, g, m, v, c1, c2, step, eps, root):
+    """Adam with a second eps, `root`, inside the root, as in optax: the step can be differentiated at v = 0."""
+    m = (m - c1 * m) + c1 * g
+    v = (v - c2 * v) + (c2 * g) * g
+    p = p - step * (m / (sqrt(v + root) + eps))
+    return p, m, v
+
+
+def adamw_root(p, g, m, v, c1, c2, step, eps, root, decay):
+    """`adam_root` with the decoupled decay of Loshchilov & Hutter 2019."""
+    m = (m - c1 * m) + c1 * g
+    v = (v - c2 * v) + (c2 * g) * g
+    p = p - (decay * p + step * (m / (sqrt(v + root) + eps)))
+    return p, m, v
+
+
+def adamw_after(p, g, m, v, c1, c2, step, eps, decay):
+    """Adam whose decoupled decay takes the p that the step has left, as bitsandbytes has it in CUDA.
+
+    ``p = p - u`` and then ``p = p - decay * p``, written so that p is rounded once.
+    """
+    m = (m - c1 * m) + c1 * g
+    v = (v - c2 * v) + (c2 * g) * g
+    u = step * (m / (sqrt(v) + eps))
+    p = p - (u + decay * (p - u))
+    return p, m, v
+
+
+def amsgrad_hat(p, g, m, v, max_v, c1, c2, correction, step, eps, root):
+    """AMSGrad over the corrected v (`correction` is 1 / (1 - beta2**t)), with eps_root, as in optax."""
+    m = (m - c1 * m) + c1 * g
+    v = (v - c2 * v) + (c2 * g) * g
+    max_v = maximum(max_v, correction * v)
+    u = m / (sqrt(max_v + root) + eps)
+    p = p - step * u
+    return p, m, v, max_v
+
+
+def amsgradw_hat(p, g, m, v, max_v, c1, c2, correction, step, eps, root, decay):
+    """`amsgrad_hat` with the decoupled decay of Loshchilov & Hutter 2019.
+
+    u has a name because the compiler for CUDA then finds registers for all of it.
+    """
+    m = (m - c1 * m) + c1 * g
+    v = (v - c2 * v) + (c2 * g) * g
+    max_v = maximum(max_v, correction * v)
+    u = m / (sqrt(max_v + root) + eps)
+    p = p - (decay * p + step * u)
+    return p, m, v, max_v
+
+
 def lion(p, g, m, c1, c2, lr):
     """Chen et al. 2023, algorithm 2."""
     p = p - lr * sign((m - c1 * m) + c1 * g)
@@ -148,7 +199,9 @@ RULES: dict[str, Callable[..., Any]] = {
     for f in (
         sgd, momentum, nesterov, adagrad,
         rmsprop, rmsprop_momentum, rmsprop_centered, rmsprop_centered_momentum,
-        adam, adamw, amsgrad, amsgradw, lion, lionw,
+        adam, adamw, amsgrad, amsgradw,
+        adam_root, adamw_root, adamw_after, amsgrad_hat, amsgradw_hat,
+        lion, lionw,
     )
 }  # fmt: skip
 PRELUDES: dict[str, Callable[..., Any]] = {"maximize": maximize, "l2": l2}

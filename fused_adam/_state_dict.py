@@ -53,6 +53,8 @@ def load(optimizer: Optimizer, d: Mapping[str, Any]) -> None:
     for k, index in enumerate(optimizer._index):
         path = f'state_dict["param_groups"][{k}]'
         given = d["param_groups"][k]
+        if isinstance(given, Mapping):
+            given = {**optimizer._later, **given}
         _checks.same_keys(path, given, (*optimizer._names, "params"))
         numbers = list(range(number, number + len(index)))
         if not isinstance(given["params"], list | tuple) or list(given["params"]) != numbers:

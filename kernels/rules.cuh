@@ -108,6 +108,51 @@ __device__ __forceinline__ void amsgradw(T& p, T g, T& m, T& v, T& max_v, T c1, 
     p = p - (decay * p + step * (m / (sqrt(max_v) + eps)));
 }
 
+// Adam with a second eps, `root`, inside the root, as in optax: the step can be differentiated at v = 0.
+template <class T>
+__device__ __forceinline__ void adam_root(T& p, T g, T& m, T& v, T c1, T c2, T step, T eps, T root) {
+    m = (m - c1 * m) + c1 * g;
+    v = (v - c2 * v) + (c2 * g) * g;
+    p = p - step * (m / (sqrt(v + root) + eps));
+}
+
+// `adam_root` with the decoupled decay of Loshchilov & Hutter 2019.
+template <class T>
+__device__ __forceinline__ void adamw_root(T& p, T g, T& m, T& v, T c1, T c2, T step, T eps, T root, T decay) {
+    m = (m - c1 * m) + c1 * g;
+    v = (v - c2 * v) + (c2 * g) * g;
+    p = p - (decay * p + step * (m / (sqrt(v + root) + eps)));
+}
+
+// Adam whose decoupled decay takes the p that the step has left, as bitsandbytes has it in CUDA.
+template <class T>
+__device__ __forceinline__ void adamw_after(T& p, T g, T& m, T& v, T c1, T c2, T step, T eps, T decay) {
+    m = (m - c1 * m) + c1 * g;
+    v = (v - c2 * v) + (c2 * g) * g;
+    T u = step * (m / (sqrt(v) + eps));
+    p = p - (u + decay * (p - u));
+}
+
+// AMSGrad over the corrected v (`correction` is 1 / (1 - beta2**t)), with eps_root, as in optax.
+template <class T>
+__device__ __forceinline__ void amsgrad_hat(T& p, T g, T& m, T& v, T& max_v, T c1, T c2, T correction, T step, T eps, T root) {
+    m = (m - c1 * m) + c1 * g;
+    v = (v - c2 * v) + (c2 * g) * g;
+    max_v = maximum(max_v, correction * v);
+    T u = m / (sqrt(max_v + root) + eps);
+    p = p - step * u;
+}
+
+// `amsgrad_hat` with the decoupled decay of Loshchilov & Hutter 2019.
+template <class T>
+__device__ __forceinline__ void amsgradw_hat(T& p, T g, T& m, T& v, T& max_v, T c1, T c2, T correction, T step, T eps, T root, T decay) {
+    m = (m - c1 * m) + c1 * g;
+    v = (v - c2 * v) + (c2 * g) * g;
+    max_v = maximum(max_v, correction * v);
+    T u = m / (sqrt(max_v + root) + eps);
+    p = p - (decay * p + step * u);
+}
+
 // Chen et al. 2023, algorithm 2.
 template <class T>
 __device__ __forceinline__ void lion(T& p, T g, T& m, T c1, T c2, T lr) {

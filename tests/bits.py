@@ -13,14 +13,15 @@ from fused_adam.backends import load
 
 DTYPES = (np.float32, np.float64)
 Variant = tuple[str, tuple[str, ...]]  # a rule and the preludes before it
-WITHOUT_L2 = ("adamw", "amsgradw", "lion", "lionw")  # no class puts the L2 prelude before these
+# no class puts the L2 prelude before these
+WITHOUT_L2 = ("adamw", "amsgradw", "adamw_root", "adamw_after", "amsgradw_hat", "lion", "lionw")
 VARIANTS: list[Variant] = [
     (name, maximize + l2)
     for name in RULES
     for maximize in ((), ("maximize",))
     for l2 in ([()] if name in WITHOUT_L2 else [(), ("l2",)])
 ]
-LARGEST: Variant = ("amsgradw", ("maximize",))  # with the most arrays and coefficients
+LARGEST: Variant = ("amsgradw_hat", ("maximize",))  # with the most arrays and coefficients
 
 # Of each coefficient an ordinary value, which float32 does not hold; one at the end of its range; and one that float32
 # holds as a subnormal, or not at all.
@@ -29,6 +30,8 @@ COEFFICIENTS = {
     "c1": (0.1, 1.0, 1e-4),
     "c2": (0.001, 1.0, 1e-8),
     "mu": (0.9, 0.0, 1e-41),
+    "correction": (33.3, 1.0, 1e8),
+    "root": (1e-7, 0.0, 1e-41),
     "rate": (0.7, 1.0, -0.3),
     "lr": (0.01, 0.0, 1e30),
     "step": (0.0031, 0.0, 1e-42),

@@ -46,12 +46,18 @@ BETAS = [
 ]
 
 KINDS = {"lr": NONNEGATIVE, "eps": NONNEGATIVE, "weight_decay": NONNEGATIVE, "betas": BETAS, "maximize": FLAG}
+STRING = [(x, "a string, got") for x in (None, 1, True, b"torch", ["torch"], np.array("torch"))]
+LIBRARY = [
+    *STRING,
+    *((x, "one of torch, tf, keras, apex, optax, bitsandbytes, mlx, got") for x in ("", "Torch", "jax")),
+]
+ADAM = {"amsgrad": FLAG, "numerics": LIBRARY, "eps_root": NONNEGATIVE}
 CLASSES = [
     (fused_adam.SGD, {"momentum": NONNEGATIVE, "dampening": REAL, "nesterov": FLAG}, "eps betas"),
     (fused_adam.Adagrad, {"lr_decay": NONNEGATIVE, "initial_accumulator_value": NONNEGATIVE}, "betas"),
     (fused_adam.RMSprop, {"alpha": RATE, "momentum": NONNEGATIVE, "centered": FLAG}, "betas"),
-    (fused_adam.Adam, {"amsgrad": FLAG}, ""),
-    (fused_adam.AdamW, {"amsgrad": FLAG}, ""),
+    (fused_adam.Adam, ADAM, ""),
+    (fused_adam.AdamW, ADAM, ""),
     (fused_adam.Lion, {}, "eps"),
 ]
 ROWS = [

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from watch import adam_arrays, memory, misaligned
 
 import fused_adam
+from fused_adam._checks import NUMERICS
 from fused_adam._codegen import parse
 
 REFUSALS = (TypeError, ValueError, RuntimeError)
@@ -224,6 +225,8 @@ OWN = {
     "nesterov": st.booleans(),
     "centered": st.booleans(),
     "amsgrad": st.booleans(),
+    "numerics": st.sampled_from(NUMERICS),
+    "eps_root": st.sampled_from([0.0, 1e-3]),
 }
 
 

@@ -38,6 +38,11 @@ ADAM_SLOW = exact.Case(fused_adam.Adam, "adam", {"betas": (1 - 1e-4, 1 - 1e-8)})
 ADAMW = exact.Case(fused_adam.AdamW, "adamw", {"weight_decay": 0.01})
 AMSGRAD = exact.Case(fused_adam.Adam, "amsgrad", {"amsgrad": True})
 LION = exact.Case(fused_adam.Lion, "lion")
+KERAS = exact.Case(fused_adam.Adam, "adam", {"numerics": "keras"})
+MLX = exact.Case(fused_adam.Adam, "adam", {"numerics": "mlx"})
+BITSANDBYTES = exact.Case(fused_adam.AdamW, "adamw", {"numerics": "bitsandbytes", "weight_decay": 0.01})
+OPTAX = exact.Case(fused_adam.Adam, "adam", {"numerics": "optax", "eps_root": 1e-6})
+OPTAX_AMSGRAD = exact.Case(fused_adam.Adam, "amsgrad", {"numerics": "optax", "amsgrad": True})
 
 
 def rule(name: str, f: Callable[..., Any]) -> Break:
@@ -157,6 +162,28 @@ def amsgrad_of_old_v(p, g, m, v, max_v, c1, c2, step, eps):
     return p, m, v, max_v
 
 
+def adamw_after_of_the_old_p(p, g, m, v, c1, c2, step, eps, decay):
+    m = (m - c1 * m) + c1 * g
+    v = (v - c2 * v) + (c2 * g) * g
+    p = p - (decay * p + step * (m / (sqrt(v) + eps)))
+    return p, m, v
+
+
+def eps_root_outside(p, g, m, v, c1, c2, step, eps, root):
+    m = (m - c1 * m) + c1 * g
+    v = (v - c2 * v) + (c2 * g) * g
+    p = p - step * (m / (sqrt(v) + sqrt(root) + eps))
+    return p, m, v
+
+
+def amsgrad_hat_of_raw_v(p, g, m, v, max_v, c1, c2, correction, step, eps, root):
+    m = (m - c1 * m) + c1 * g
+    v = (v - c2 * v) + (c2 * g) * g
+    max_v = maximum(max_v, v)
+    p = p - step * (m / (sqrt(correction * max_v + root) + eps))
+    return p, m, v, max_v
+
+
 def nesterov_ignored(p, g, m, mu, lr):
     m = mu * m + g
     p = p - lr * m
@@ -247,6 +274,11 @@ WRONG: dict[str, tuple[exact.Case, Break]] = {
     "amsgrad ignored": (AMSGRAD, rule("amsgrad", amsgrad_ignored)),
     "amsgrad of the old v": (AMSGRAD, rule("amsgrad", amsgrad_of_old_v)),
     "amsgrad of the corrected v": (AMSGRAD, corrected_amsgrad),
+    "keras with eps scaled": (KERAS, coefficients("eps_hat", RIGHT_ADAMW)),
+    "mlx with bias correction": (MLX, coefficients("uncorrected", RIGHT_ADAMW)),
+    "bitsandbytes decays first": (BITSANDBYTES, rule("adamw_after", adamw_after_of_the_old_p)),
+    "optax's eps_root outside": (OPTAX, rule("adam_root", eps_root_outside)),
+    "optax's amsgrad of the raw v": (OPTAX_AMSGRAD, rule("amsgrad_hat", amsgrad_hat_of_raw_v)),
     "sgd with 1 % more lr": (SGD, momentum(lambda r, *_: (r[0], r[1], 1.01 * r[2]))),
     "nesterov ignored": (NESTEROV, rule("nesterov", nesterov_ignored)),
     "dampening at the first step": (MOMENTUM, momentum(lambda r, t, lr, mu, damp: (mu, 1 - damp, lr))),

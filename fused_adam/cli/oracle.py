@@ -2,8 +2,8 @@
 
 A common source means a common mistake, so this file imports nothing of fused_adam and is written differently: the
 averages as beta * m + (1 - beta) * g, the bias correction by explicit m-hat and v-hat, 1 - beta**t from expm1 and
-log1p. It follows PyTorch where the papers leave a choice. With dtype=np.longdouble it is accurate enough to count
-the float64 ulps of a backend.
+log1p. It follows PyTorch where the papers leave a choice, or, for Adam, the library that `numerics` names. With
+dtype=np.longdouble it is accurate enough to count the float64 ulps of a backend.
 
 The states are named m (average of the gradient, or velocity), v (average or sum of its square), max_v (AMSGrad) and a
 (centered RMSProp's average of the gradient).
@@ -24,7 +24,7 @@ Update = tuple[Array, States]  # what is subtracted from p, and the new states
 _SGD = {"lr": 1e-3}
 _MOMENTUM = {"lr": 1e-3, "momentum": 0.9, "dampening": 0.0}
 _RMSPROP = {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8}
-_ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+_ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "numerics": "torch", "eps_root": 0.0}
 RULES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "sgd": ((), _SGD),
     "momentum": (("m",), _MOMENTUM),
@@ -63,7 +63,9 @@ def step(
     if unknown := set(hyper) - set(defaults):
         raise TypeError(f"{rule} takes {sorted(defaults)}, not {sorted(unknown)}")
     real = np.dtype(dtype).type
-    h = {key: np.asarray(value, dtype) for key, value in (defaults | hyper).items()}
+    chosen = defaults | hyper
+    numerics = chosen.pop("numerics", "torch")
+    h = {key: np.asarray(value, dtype) for key, value in chosen.items()}
     decay = real(weight_decay)
     p, g = np.asarray(p, dtype), np.asarray(g, dtype)
     old = {name: np.asarray(states.get(name, np.zeros_like(p)), dtype) for name in names}
@@ -71,11 +73,15 @@ def step(
     with np.errstate(all="ignore"):
         if maximize:
             g = -g
-        if rule not in DECOUPLED and weight_decay != 0:
+        decoupled = rule in DECOUPLED or numerics == "bitsandbytes"
+        if not decoupled and weight_decay != 0:
             g = g + decay * p
-        update, new = _FAMILIES[rule.split("_")[0].removesuffix("w")](rule, g, old, real(t), h)
-        shrink = 1 - h["lr"] * decay if rule in DECOUPLED and weight_decay != 0 else real(1)
-        return np.asarray(p * shrink - update), new
+        if "numerics" in defaults:
+            update, new = _adam(numerics, g, old, real(t), h)
+        else:
+            update, new = _FAMILIES[rule.split("_")[0]](rule, g, old, real(t), h)
+        shrink = 1 - h["lr"] * decay if decoupled and weight_decay != 0 else real(1)
+        return np.asarray((p - update) * shrink if numerics == "bitsandbytes" else p * shrink - update), new
 
 
 def _power_gap(beta: Array, t: Any) -> Any:
@@ -111,15 +117,22 @@ def _rmsprop(rule: str, g: Array, old: States, t: Any, h: States) -> Update:
     return h["lr"] * scaled, new
 
 
-def _adam(rule: str, g: Array, old: States, t: Any, h: States) -> Update:
-    """Kingma & Ba 2015, algorithm 1; AMSGrad (Reddi et al. 2018) over the raw v."""
+def _adam(numerics: str, g: Array, old: States, t: Any, h: States) -> Update:
+    """Kingma & Ba 2015, algorithm 1; AMSGrad (Reddi et al. 2018) over the raw v, but in optax over v-hat.
+
+    TensorFlow and Keras take the eps-hat of the paper's section 2, which beside v-hat is eps / sqrt(1 - beta2**t);
+    in MLX m-hat and v-hat are m and v; optax has an eps inside the root too.
+    """
     beta1, beta2 = h["betas"]
+    gap1, gap2 = (_power_gap(beta, t) if numerics != "mlx" else np.ones_like(beta) for beta in (beta1, beta2))
     new = {"m": beta1 * old["m"] + (1 - beta1) * g, "v": beta2 * old["v"] + (1 - beta2) * g**2}
+    m_hat, v_hat = new["m"] / gap1, new["v"] / gap2
     if "max_v" in old:
-        new["max_v"] = np.maximum(old["max_v"], new["v"])
-    m_hat = new["m"] / _power_gap(beta1, t)
-    v_hat = new.get("max_v", new["v"]) / _power_gap(beta2, t)
-    return h["lr"] * m_hat / (np.sqrt(v_hat) + h["eps"]), new
+        largest = np.maximum(old["max_v"], v_hat if numerics == "optax" else new["v"])
+        new["max_v"] = largest
+        v_hat = largest if numerics == "optax" else largest / gap2
+    eps = h["eps"] / np.sqrt(gap2) if numerics in ("tf", "keras") else h["eps"]
+    return h["lr"] * m_hat / (np.sqrt(v_hat + h["eps_root"]) + eps), new
 
 
 def _lion(rule: str, g: Array, old: States, t: Any, h: States) -> Update:
@@ -136,7 +149,5 @@ _FAMILIES: dict[str, Callable[[str, Array, States, Any, States], Update]] = {
     "nesterov": _descent,
     "adagrad": _adagrad,
     "rmsprop": _rmsprop,
-    "adam": _adam,
-    "amsgrad": _adam,
     "lion": _lion,
 }

@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 import fused_adam
-from fused_adam.cli import console, gpu, info, network, plot
+from fused_adam.cli import console, gpu, info, network, plot, styles
 from fused_adam.cli.exit_codes import CommandError, Exit
 from fused_adam.cli.tasks import RULES, TASKS, Data, Task
 
@@ -44,6 +45,7 @@ class Run:
     batch: int
     dtype: str
     seed: int
+    style: str
     device: str
     backend: str
     planned_steps: int
@@ -60,6 +62,7 @@ class Run:
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", choices=TASKS, help="; ".join(f"{t.name}: {t.about}" for t in TASKS.values()))
     parser.add_argument("--rule", choices=RULES, help="adam for the regression and adamw for the digits by default")
+    parser.add_argument("--style", choices=styles.STYLES, default="flat", help=styles.__doc__)
     parser.add_argument("--lr", type=float, help="learning rate at the start; each rule has its own default")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_count, help="how many steps")
@@ -83,11 +86,14 @@ def _count(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     if args.seed < 0:
         raise CommandError(f"--seed should be at least 0, got {args.seed}", Exit.USAGE)
+    if args.style == "tf" and args.rule not in (None, "adam"):
+        raise CommandError(f"--style tf is Adam's; use --rule adam, or leave out --style for {args.rule}", Exit.USAGE)
     if args.plot:
         plot.check(args.plot)  # before the training, not after it
     result = train(
         TASKS[args.task],
         rule=args.rule,
+        style=args.style,
         lr=args.lr,
         steps=args.steps,
         epochs=args.epochs,
@@ -118,6 +124,7 @@ def train(
     task: Task,
     *,
     rule: str | None = None,
+    style: str = "flat",
     lr: float | None = None,
     steps: int | None = None,
     epochs: int | None = None,
@@ -132,14 +139,12 @@ def train(
     rng = np.random.default_rng(seed)
     loaded = task.load(rng)
     initial = network.initial(task.sizes, rng, dtype)
-    rule = rule or task.rule
+    rule = rule or ("adam" if style == "tf" else task.rule)
     lr = task.lr[rule] if lr is None else lr
     try:
         data = Data(*(xp.asarray(a.astype(dtype)) for a in (loaded.x, loaded.y, loaded.x_test, loaded.y_test)))
         params = fused_adam.flatten({name: xp.asarray(a) for name, a in initial.items()})
-        grads = params.zeros_like()
-        optimizer = RULES[rule](params, lr=lr, backend=backend)
-        optimizer.prepare()
+        stepper = styles.STYLES[style](rule, params, lr, backend)
     except RuntimeError as error:
         raise CommandError(str(error), Exit.UNAVAILABLE) from None
     except ValueError as error:
@@ -148,18 +153,19 @@ def train(
     samples = len(data.x)
     batch = min(batch or task.batch or samples, samples)
     steps = steps or (epochs or task.epochs) * -(-samples // batch)
-    result = Run(task, rule, lr, batch, dtype, seed, device, optimizer.backend, steps)
+    result = Run(task, rule, lr, batch, dtype, seed, style, device, stepper.backend, steps)
     every = max(steps // REPORTS, 1)
     unread: list[Any] = []
+
+    def backward(rows: Any, grads: Any) -> Any:
+        unread.append(network.backward(params, grads, data.x[rows], data.y[rows], task.loss))
+        return unread[-1]
+
     start = time.perf_counter()
     try:
         with console.progress(steps) as show, np.errstate(all="ignore"):  # a loss that overflows is reported below
             for step, rows in zip(range(1, steps + 1), _batches(xp, rng, samples, batch), strict=False):
-                loss = network.backward(params, grads, data.x[rows], data.y[rows], task.loss)
-                unread.append(loss)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * (1 - (step - 1) / steps)
-                optimizer.step(grads)
+                loss = stepper.step(partial(backward, rows), lr * (1 - (step - 1) / steps))
                 show(step, loss)
                 report = step % every == 0 or step == steps
                 if report or len(unread) == UNREAD:
@@ -208,7 +214,8 @@ def _evaluate(step: int, params: Any, data: Data, task: Task) -> Point:
 
 def print_table(result: Run) -> None:
     """The numbers that are the same on every backend: no times."""
-    samples = f"{result.task.about}\n{result.rule}, lr {result.lr:g}, batches of {result.batch}, {result.dtype}"
+    rule = f"{result.rule}{', TensorFlow style' if result.style == 'tf' else ''}"
+    samples = f"{result.task.about}\n{rule}, lr {result.lr:g}, batches of {result.batch}, {result.dtype}"
     rows = [
         [f"{p.step:,}", f"{p.loss:.8f}", "" if p.accuracy is None else f"{100 * p.accuracy:.2f} %"]
         for p in result.points

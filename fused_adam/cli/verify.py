@@ -60,7 +60,17 @@ def _cases() -> list[Case]:
         for case in plain
         if case.name in ("sgd", "momentum", "nesterov", "adam", "amsgrad")
     ]
-    return plain + variants
+    libraries: list[tuple[Any, str, dict[str, Any]]] = [
+        (adam, "adam", {"numerics": "keras"}),
+        (adam, "adam", {"numerics": "mlx"}),
+        (adam, "adam", {"numerics": "optax", "eps_root": 1e-4}),
+        (adamw, "adamw", {"numerics": "optax", "eps_root": 1e-4, "weight_decay": 1e-2}),
+        (adamw, "adamw", {"numerics": "bitsandbytes", "weight_decay": 1e-2}),
+        (partial(adam, amsgrad=True), "amsgrad", {"numerics": "optax", "eps_root": 1e-4}),
+        (partial(adamw, amsgrad=True), "amsgradw", {"numerics": "optax", "eps_root": 1e-4, "weight_decay": 1e-2}),
+    ]
+    forms = [Case(f"{rule}, {hyper['numerics']}", make, rule, {"lr": 1e-2} | hyper) for make, rule, hyper in libraries]
+    return plain + variants + forms
 
 
 @dataclass
