@@ -121,7 +121,7 @@ EXPERIMENTS = (
     Experiment(
         "10^6 rows of 59",
         splats,
-        (Target("a tenth, masked", "all rows", 4.0), Target("a tenth, lazy", "all rows", 4.0)),
+        (Target("a tenth, masked", "all rows", 3.3), Target("a tenth, lazy", "all rows", 4.0)),
     ),
     # Under load a step is either undisturbed or as long as a time slice: a sample must span many of both.
     Experiment(

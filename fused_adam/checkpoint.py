@@ -1,7 +1,9 @@
-"""The Adam states of other libraries, as state dicts that `Adam` and `AdamW` load::
+"""The Adam states of other libraries, as state dicts that `Adam` and `AdamW` load.
 
-opt = fused_adam.AdamW(params, lr=1e-3, eps=1e-7, numerics="keras")
-opt.load_state_dict(fused_adam.checkpoint.convert(model.optimizer.variables, opt, "keras"))
+For example::
+
+    opt = fused_adam.AdamW(params, lr=1e-3, eps=1e-7, numerics="keras")
+    opt.load_state_dict(fused_adam.checkpoint.convert(model.optimizer.variables, opt, "keras"))
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from fused_adam._arrays import Array
 from fused_adam._cuda_arrays import view
 from fused_adam._layout import leaves, match
 from fused_adam._optimizer import Adam
+from fused_adam._part import ROW_STEPS
 
 Named = tuple[str, Any]  # what a message calls something, and it
 
@@ -39,7 +42,8 @@ def convert(foreign: Any, optimizer: Adam, layout: str, *, t: int | None = None,
 
     Moments and the step count are taken over; hyperparameters too where the layout holds them (all in "torch", "apex"
     and "bitsandbytes", lr in "keras" and "mlx"), otherwise the optimizer's stay. Make it with the ``numerics`` of
-    the library, over the same parameters in the same structure; their values are yours to copy.
+    the library, over the same parameters in the same structure; their values are yours to copy. With `per_row_step` each
+    row has done the library's steps.
 
     Args:
         foreign: by layout:
@@ -83,7 +87,9 @@ def convert(foreign: Any, optimizer: Adam, layout: str, *, t: int | None = None,
                 "largest corrected v, the others the largest v"
             )
     for ours, theirs in zip(d["state"], found.states, strict=True):
-        if ours.keys() != theirs.keys():
+        if ROW_STEPS in ours:
+            ours[ROW_STEPS][...] = d["t"]
+        if ours.keys() - {ROW_STEPS} != theirs.keys():
             amsgrad = "max_v" in theirs
             name, _ = theirs["v"]
             raise ValueError(

@@ -321,3 +321,11 @@ def test_arguments_are_checked() -> None:
     adam = fused_adam.AdamW(params, amsgrad=True)
     with pytest.raises(ValueError, match="is of an optimizer without amsgrad; make this one with amsgrad=False"):
         convert({**peer.state(), "param_groups": [{"params": [0, 1, 2, 3]}]}, adam, "torch")
+
+
+def test_each_row_has_done_the_librarys_steps() -> None:
+    peer, params = trained("torch")
+    rows = fused_adam.AdamW(params, **HYPER, per_row_step=True, backend="numpy")
+    rows.load_state_dict(convert(peer.state(), rows, "torch"))
+    assert all((state["row_steps"] == 10).all() for state in rows.state_dict()["state"])
+    assert continued(rows, params, peer) <= 1e-10
