@@ -42,8 +42,8 @@ def convert(foreign: Any, optimizer: Adam, layout: str, *, t: int | None = None,
 
     Moments and the step count are taken over; hyperparameters too where the layout holds them (all in "torch", "apex"
     and "bitsandbytes", lr in "keras" and "mlx"), otherwise the optimizer's stay. Make it with the ``numerics`` of
-    the library, over the same parameters in the same structure; their values are yours to copy. With `per_row_step` each
-    row has done the library's steps.
+    the library, over the same parameters in the same structure; their values are yours to copy. With `per_row_step`
+    each row has done the library's steps.
 
     Args:
         foreign: by layout:
