@@ -1,5 +1,8 @@
 """Runs the Numba CUDA kernels of one dtype in Numba's simulator, which NUMBA_ENABLE_CUDASIM=1 chooses at its import.
 
+    cuda_simulator.py float32          those of all rules
+    cuda_simulator.py float32 rows     those over rows, of some
+
 What a device does in one PTX instruction is here NumPy's operation on two scalars, and its memory is the host's.
 Prints each rule that gave NumPy's bits, and raises at the first that did not.
 """
@@ -15,12 +18,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import rows_cases
 from host_kernel import HostKernel
 from numba import config, cuda
 from numba_cuda_cases import RULES, check
 
 from fused_adam._codegen import Rule
-from fused_adam.backends._cuda_source import source
+from fused_adam.backends import _numba_cuda_kernels, _numba_cuda_rows
+from fused_adam.backends._cuda_source import RowsSource, source
 from fused_adam.backends._numba_cuda_kernels import define
 
 THREADS = 4  # of a block; each is a thread of Python's
@@ -57,6 +62,9 @@ def stand_ins(dtype: np.dtype[Any]) -> dict[str, Any]:
         "maximum": lambda a, b: a if a > b or a != a else b,
         "minimum": lambda a, b: a if b > a or a != a else b,
         "sign": lambda a: number(a > 0) - number(a < 0),
+        "_number": number,
+        "_min": min,
+        "_quotient": operator.floordiv,
         "_int32": lambda address: ctypes.c_int32.from_address(address).value,
         "_int64": lambda address: ctypes.c_int64.from_address(address).value,
     }
@@ -68,15 +76,24 @@ def stand_ins(dtype: np.dtype[Any]) -> dict[str, Any]:
 class Simulated(HostKernel):
     def __init__(self, rule: Rule, dtype: np.dtype[Any]) -> None:
         self.source = source(rule, dtype)
-        kernel = cuda.jit(define(rule, dtype, stand_ins(dtype)))
+        kernel = cuda.jit(define(_numba_cuda_kernels.source(rule, dtype), rule, dtype, stand_ins(dtype)))
         self.launch = lambda blocks, arguments: kernel[blocks, THREADS](arguments.ctypes.data)
+
+
+def over_rows(made: RowsSource, rule: Rule, dtype: np.dtype[Any]) -> Callable[[int, Any], None]:
+    kernel = cuda.jit(define(_numba_cuda_rows.source(rule, dtype), rule, dtype, stand_ins(dtype)))
+    return lambda blocks, arguments: kernel[blocks, THREADS](arguments.ctypes.data)
 
 
 if __name__ == "__main__":
     assert config.ENABLE_CUDASIM
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of overflow and NaN
     dtype = np.dtype(sys.argv[1])
-    for rule in RULES:
+    if sys.argv[2:] == ["rows"]:
+        for rule in rows_cases.RULES:
+            rows_cases.check_few(rows_cases.Host(over_rows), rule, dtype)
+            print(rule.name)
+    for rule in RULES if not sys.argv[2:] else ():
         kernel = Simulated(rule, dtype)
         for chunk, off in itertools.product((128, 256), (False, True)):
             check(kernel, rule, dtype, chunk, SIZES, off)

@@ -15,6 +15,7 @@ import types
 from contextlib import contextmanager
 from typing import Any
 
+import fake_rows
 import host_kernel
 import numpy as np
 
@@ -252,7 +253,9 @@ class _Function:
     def __init__(self, text: str, name: str) -> None:
         compiled.append(text)
         self._name = name
-        self._layout = _layout(text)
+        rows = "struct Gathered" in text
+        self._layout = fake_rows.ARGUMENTS if rows else _layout(text)
+        self._check = fake_rows.checker(text) if rows else check_arguments
         self._run = host_kernel.build(text, name)
 
     @property
@@ -269,7 +272,7 @@ class _Function:
         (given,) = args
         assert isinstance(given, np.ndarray) and given.size == 1 and given.nbytes <= 4096
         arguments = given.view(self._layout)
-        check_arguments(arguments[0], grid[0])
+        self._check(arguments[0], grid[0])
         launches.append((self._name, grid[0], stream.ptr))
         self._run(grid[0], arguments)
 
@@ -336,7 +339,9 @@ class Stream:
 
 
 class Event:
-    """Its address is that of the stream it was recorded on."""
+    """Its address is that of the stream it was recorded on, if it was."""
+
+    ptr: int | None = None
 
     def __init__(self, disable_timing: bool) -> None:
         assert disable_timing
@@ -373,7 +378,7 @@ def _module() -> types.ModuleType:
             getDeviceCount=lambda: 1,
             memcpyAsync=_memcpy_async,
             memcpyHostToDevice=1,
-            streamWaitEvent=lambda stream, event: waits.append((stream, event)),
+            streamWaitEvent=lambda stream, event: event is None or waits.append((stream, event)),
             streamSynchronize=lambda stream: None,
             deviceSynchronize=lambda: None,
             CUDARuntimeError=CUDARuntimeError,
@@ -400,8 +405,8 @@ def installed(monkeypatch: Any) -> Any:
         patch.setitem(sys.modules, "cupy", _module())
         patch.delitem(sys.modules, "fused_adam.backends.cupy_cuda", raising=False)
         patch.setattr(_cuda_arrays, "device_of", device_of)
-        for module in (_cuda_arrays, sys.modules.get("fused_adam.backends._cuda")):
-            if module is not None:
+        for name in ("_cuda_arrays", "backends._cuda", "backends._cuda_rows"):
+            if (module := sys.modules.get(f"fused_adam.{name}")) is not None:
                 patch.setattr(module, "is_capturing", lambda stream: stream in capturing)
         patch.setattr(backends, "no_device", lambda: "")
         for record in (_memory, _starts, launches, copies, compiled, waits, reads, fail, capturing):

@@ -13,10 +13,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import fake_cupy
+import fake_rows
 import host_kernel
 import numpy as np
 
-from fused_adam.backends._cuda_source import source
+from fused_adam.backends._cuda_source import rows_source, source
 
 
 class CudaAPIError(Exception):
@@ -34,11 +35,14 @@ class Stream:
 
 
 class Event:
+    _stream: int | None = None
+
     def record(self, stream: Stream) -> None:
         self._stream = stream.handle
 
     def wait(self, stream: Stream) -> None:
-        fake_cupy.waits.append((stream.handle, self._stream))
+        if self._stream is not None:
+            fake_cupy.waits.append((stream.handle, self._stream))
 
 
 class DeviceNDArray(fake_cupy.ndarray):
@@ -96,8 +100,10 @@ def _host_to_device(destination: DeviceNDArray, a: Any, nbytes: int, stream: Str
 
 
 class _Dispatcher:
-    def __init__(self, rule: Any, dtype: Any) -> None:
-        self._made = source(rule, np.dtype(dtype))
+    _check = staticmethod(fake_cupy.check_arguments)
+
+    def __init__(self, made: Any) -> None:
+        self._made = made
         self._run = host_kernel.build(self._made.text, self._made.name)
 
     def compile(self, signature: str) -> None:
@@ -112,11 +118,17 @@ class _Dispatcher:
             if fake_cupy._count("launch"):
                 raise CudaAPIError(701, "Call to cuLaunchKernel results in CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES")
             arguments = fake_cupy._read(address, self._made.arguments, 1)
-            fake_cupy.check_arguments(arguments[0], blocks)
+            self._check(arguments[0], blocks)
             fake_cupy.launches.append((self._made.name, blocks, stream.handle))
             self._run(blocks, arguments)
 
         return launch
+
+
+class _RowsDispatcher(_Dispatcher):
+    def __init__(self, made: Any) -> None:
+        super().__init__(made)
+        self._check = fake_rows.checker(made.text)
 
 
 @contextmanager
@@ -137,13 +149,15 @@ def installed(monkeypatch: Any) -> Any:
     driver: Any = types.ModuleType("numba.cuda.cudadrv.driver")
     driver.CudaAPIError, driver.host_to_device, driver.device_memset = CudaAPIError, _host_to_device, _memset
     kernels: Any = types.ModuleType("fused_adam.backends._numba_cuda_kernels")
-    kernels.kernel = _Dispatcher
+    kernels.kernel = lambda rule, dtype: _Dispatcher(source(rule, np.dtype(dtype)))
+    rows: Any = types.ModuleType("fused_adam.backends._numba_cuda_rows")
+    rows.rows_kernel = lambda rule, dtype: _RowsDispatcher(rows_source(rule, np.dtype(dtype)))
     package = types.ModuleType("numba_cuda")
     package.__spec__ = importlib.machinery.ModuleSpec("numba_cuda", None)
 
     with fake_cupy.installed(monkeypatch), monkeypatch.context() as patch:
         patch.setitem(sys.modules, "cupy", None)  # as if it were not installed
-        for module in (package, driver, kernels, cuda):
+        for module in (package, driver, kernels, rows, cuda):
             patch.setitem(sys.modules, module.__name__, module)
         cudadrv: Any = types.ModuleType("numba.cuda.cudadrv")
         cudadrv.driver = driver

@@ -27,3 +27,8 @@ static thread_local Index threadIdx, blockIdx;
         for (blockIdx.x = first; blockIdx.x < end; ++blockIdx.x)                                                       \
             for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) KERNEL(*arguments);                            \
     }
+
+template <class X>
+inline X __ldg(const X* a) {
+    return *a;
+}

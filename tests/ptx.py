@@ -15,13 +15,18 @@ import numpy as np
 
 Thread = Callable[..., None]  # (parameter, ctaid_x, tid_x, ntid_x)
 
-_COMPARED = {"eq": "==", "ne": "!=", "neu": "!=", "lt": "<", "gt": ">", "ge": ">="}
+_COMPARED = {"eq": "==", "ne": "!=", "neu": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _INTEGER = {
     "add.s64": "{1} + {2}",
     "sub.s64": "{1} - {2}",
     "mul.lo.s64": "{1} * {2}",
     "mul.wide.s32": "{1} * {2}",
     "shl.b64": "{1} << {2}",
+    "shr.s64": "{1} >> {2}",
+    "not.b64": "~{1}",
+    "div.u32": "{1} // {2}",
+    "cvt.u32.u64": "{1} % 2**32",
+    "cvt.u64.u32": "{1}",
     "and.b64": "{1} & {2}",
     "or.b64": "{1} | {2}",
     "min.s64": "min({1}, {2})",
@@ -78,7 +83,9 @@ def _statement(opcode: str, operands: list[str]) -> str:
     if kind in _NUMBERS:  # whose literals are 0f and eight digits, 0d and sixteen, or decimal
         operands = [re.sub(r"^0[fd](\w+)$", rf"bits('{kind}', 0x\1)", o) for o in operands]
         operands = [re.sub(r"^-?\d+\.\d+$", rf"{kind}(\g<0>)", o) for o in operands]
-    if (compared := re.fullmatch(r"setp\.(\w+)", name)) and kind in (*_NUMBERS, "s64"):
+    if kind == "u64":
+        operands = [*operands[:1], *(f"{o} % 2**64" for o in operands[1:])]
+    if (compared := re.fullmatch(r"setp\.(\w+)", name)) and kind in (*_NUMBERS, "s64", "u64"):
         return f"{operands[0]} = {operands[1]} {_COMPARED[compared[1]]} {operands[2]}"
     if kind in _NUMBERS and name in _FLOAT:
         return f"{operands[0]} = {_FLOAT[name].format(*operands)}"

@@ -21,11 +21,11 @@ MEMORY, RACES = "address,undefined", "thread"
 FLAGS = ("-O1", "-g", "-pthread", "-fno-sanitize-recover=all", "-D_GLIBCXX_SANITIZE_VECTOR")
 
 
-def report(sanitizer: str, text: str) -> str:
+def report(sanitizer: str, text: str, program: Path = PROGRAM) -> str:
     """What the sanitizer says about the steps of a kernel: nothing, if they are sound."""
-    program = compiled(f"{text}\n{PROGRAM.read_text()}", f"-fsanitize={sanitizer}", *FLAGS)
+    built = compiled(f"{text}\n{program.read_text()}", f"-fsanitize={sanitizer}", *FLAGS)
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-    result = subprocess.run([str(program)], env=environment, capture_output=True, text=True, timeout=100, check=False)
+    result = subprocess.run([str(built)], env=environment, capture_output=True, text=True, timeout=100, check=False)
     if "unexpected memory mapping" in result.stderr:
         missing("ThreadSanitizer of this g++ cannot run here: try sysctl vm.mmap_rnd_bits=28")
     assert (result.returncode == 0) == (result.stderr == ""), f"exit {result.returncode}\n{result.stderr}"

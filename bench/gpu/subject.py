@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,22 @@ def small() -> None:
             expected = make([{"params": host[:2]}, {"params": host[2:], "lr": 0.1}], lr=0.2, backend="numpy")
             expected.step([gradients[:2], gradients[2:]])
             assert all(a.get().tobytes() == b.tobytes() for a, b in zip(device, host, strict=True))
+        for lazy in (False, True):
+            _rows(cupy, rng, dtype, lazy)
+
+
+def _rows(cupy: Any, rng: Any, dtype: Any, lazy: bool) -> None:
+    """Rows of every width, each with a t of its own; some come often, and one parameter moves as a whole."""
+    host = [rng.normal(size=shape).astype(dtype) for shape in ((300, 1), (50, 59), (9, 2049), (7, 3))]
+    device = [cupy.asarray(a) for a in host]
+    ours, expected = (fused_adam.AdamW(a, lr=0.1, per_row_step=True) for a in (device, host))
+    for k in (1, 2):
+        rows = [rng.integers(0, len(a), k * len(a) // 2) for a in host[:3]]
+        values = [rng.normal(size=(len(r), a.shape[1])).astype(dtype) for r, a in zip(rows, host[:3], strict=True)]
+        for opt, put in ((ours, cupy.asarray), (expected, np.asarray)):
+            some = [fused_adam.SparseGrad(r, put(v), lazy) for r, v in zip(rows, values, strict=True)]
+            opt.step([*some, put(np.ones((7, 3), dtype))])
+    assert all(a.get().tobytes() == b.tobytes() for a, b in zip(device, host, strict=True))
 
 
 def large() -> None:

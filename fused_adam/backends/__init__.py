@@ -117,6 +117,10 @@ class Rows(NamedTuple):
     rows: list[tuple[Any, ...]]
     runs: list[tuple[Any, ...]]
 
+    def only(self, keep: Sequence[bool]) -> Rows:
+        """Some of the parameters."""
+        return Rows(self.dtype, list(compress(self.shapes, keep)), list(compress(self.rows, keep)), [])
+
 
 class Loose(NamedTuple):
     """Gradients as the caller gave them, to be checked by the backend, each with its name and its parameter.

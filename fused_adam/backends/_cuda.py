@@ -21,12 +21,12 @@ from fused_adam._codegen import Rule
 from fused_adam._cuda_arrays import is_capturing
 from fused_adam._layout import FlatBuffer
 from fused_adam.backends import DeferredInterrupt, Gradients, Rows
-from fused_adam.backends._cuda_source import Source, source
+from fused_adam.backends._cuda_source import RowsSource, Source, source
 
 # Elements a block takes; while there are fewer of the larger chunks than a GPU runs blocks at once, the smaller.
 _CHUNK, _SMALL_CHUNK = 4096, 2048
 _FEW = 512 * _CHUNK
-_MAX_CHUNKS = 2**31 - 1  # of a grid
+_MAX_BLOCKS = 2**31 - 1  # of a grid
 _PER_THREAD = 2  # the address that means a default stream of each thread's own
 
 Kernel = Callable[[int, Array, int], None]  # (blocks, arguments: an array of one struct as bytes, stream)
@@ -41,8 +41,18 @@ class Table(Protocol):
         """Copy an array there, in the order of the stream, or for all streams if `wait`; `a` may change after it."""
 
 
+class Event(Protocol):
+    """A place in the order of a stream."""
+
+    def record(self, stream: int) -> None:
+        """It is here, behind all work given to the stream so far."""
+
+    def wait(self, stream: int) -> None:
+        """Let a stream wait for it, if it is anywhere."""
+
+
 class Driver(Hashable, Protocol):
-    def kernel(self, made: Source, rule: Rule, dtype: np.dtype[Any], device: int) -> Kernel:
+    def kernel(self, made: Source | RowsSource, rule: Rule, dtype: np.dtype[Any], device: int) -> Kernel:
         """Compile, or load from a cache. A kernel that is launched on two streams at once is made twice."""
 
     def table(self, nbytes: int, device: int) -> Table:
@@ -51,8 +61,8 @@ class Driver(Hashable, Protocol):
     def current_stream(self, device: int) -> int:
         """The address of the stream that the caller works on."""
 
-    def wait(self, stream: int, other: int, device: int) -> None:
-        """Let `stream` wait for all work given to `other` so far."""
+    def event(self, device: int) -> Event:
+        """Made on the device; nowhere yet."""
 
     def address(self, g: Any, shape: tuple[int, ...] | None, dtype: np.dtype[Any], device: int) -> int | None:
         """That of a gradient of the driver's own array type if it is as it should be, quickly; else None."""
@@ -72,10 +82,26 @@ def stream_address(stream: Any) -> int:
     return int(value)
 
 
-def _order(driver: Driver, stream: int, arrays: Sequence[CudaArray], device: int) -> None:
+def order(driver: Driver, stream: int, arrays: Sequence[CudaArray], device: int) -> None:
     """Let the step wait for the streams that other libraries say their arrays belong to; 0 and 1 are the same one."""
     for other in {a.stream for a in arrays if a.stream is not None} - {stream or 1}:
-        driver.wait(stream, other, device)
+        event = driver.event(device)
+        event.record(other)
+        event.wait(stream)
+
+
+def chunk_of(total: int) -> int:
+    """Elements that a block takes of so many."""
+    return _SMALL_CHUNK if total < _FEW else _CHUNK
+
+
+def blocks_of(counts: Array, total: int) -> tuple[int, Array, Array]:
+    """(blocks of a launch; of each line of its table, which takes so many, the first; of each block the line)."""
+    ends = np.cumsum(counts)
+    blocks = int(ends[-1]) if len(ends) else 0
+    if blocks > _MAX_BLOCKS:
+        raise ValueError(f"{total} elements are more than one launch takes; step over fewer parameters at a time")
+    return blocks, ends - counts, np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
 
 class _Geometry(NamedTuple):
@@ -95,14 +121,9 @@ def _geometry(made: Source, rows: Sequence[tuple[int, Sequence[CudaArray]]]) -> 
         segments[k] = (p.size, 0, group, p.address, addresses)
     segments = segments[segments["n"] > 0]
     total = int(segments["n"].sum())
-    chunk = _SMALL_CHUNK if total < _FEW else _CHUNK
-    counts = -(-segments["n"] // chunk)
-    ends = np.cumsum(counts)
-    blocks = int(ends[-1]) if len(ends) else 0
-    if blocks > _MAX_CHUNKS:
-        raise ValueError(f"{total} elements are more than one launch takes; step over fewer parameters at a time")
-    segments["first"] = ends - counts
-    return _Geometry(chunk, blocks, segments, np.repeat(np.arange(len(segments), dtype=np.int32), counts))
+    chunk = chunk_of(total)
+    blocks, segments["first"], segment_of_chunk = blocks_of(-(-segments["n"] // chunk), total)
+    return _Geometry(chunk, blocks, segments, segment_of_chunk)
 
 
 class _Launch:
@@ -195,17 +216,26 @@ class Stepper:
         stream: Any = None,
     ) -> None:
         """Step number t, with a rule, its coefficients and its gradients for each part."""
-        on = self.driver.current_stream(self._device) if stream is None else stream_address(stream)
+        on = self._stream(stream)
         if not (rules == self._rules and all(map(is_, gradients, self._last))):
-            self._look_again(rules, gradients, on)
+            self._alive = self._look_again(rules, gradients, on)
         with DeferredInterrupt():
-            for parts, launch in self._current:
-                launch([coefficients[k] for k in parts], on)
+            self._launch(coefficients, on)
             self._t[0] = t
         self._rules = rules
 
-    def _look_again(self, rules: Sequence[Rule], gradients: Sequence[Gradients], stream: int) -> None:
-        """Check the gradients and give their addresses to all launches that fit them, before the first of these."""
+    def _stream(self, given: Any) -> int:
+        return self.driver.current_stream(self._device) if given is None else stream_address(given)
+
+    def _launch(self, coefficients: Sequence[Sequence[float]], stream: int) -> None:
+        for parts, launch in self._current:
+            launch([coefficients[k] for k in parts], stream)
+
+    def _look_again(self, rules: Sequence[Rule], gradients: Sequence[Gradients], stream: int) -> list[CudaArray]:
+        """Check the gradients and give their addresses to all launches that fit them, before the first of these.
+
+        Returns those that other libraries lent.
+        """
         self._rules = []  # until the step is done
         last, self._last = self._last, [None] * len(self._parts)
         alive: list[CudaArray] = []
@@ -213,7 +243,6 @@ class Stepper:
             old if given is known else self._addresses(part, given, stream, alive)
             for given, known, old, part in zip(gradients, last, self._pointers, self._parts, strict=True)
         ]
-        self._alive = alive
         # What is not known by its object next time must not be kept from being freed; what belongs to another stream
         # has to be waited for each time.
         elsewhere = {a.stream for a in alive} - {None, stream or 1}
@@ -221,6 +250,7 @@ class Stepper:
         self._current = self._launches(rules, [isinstance(given, FlatBuffer) for given in gradients], stream)
         for parts, launch in self._current:
             launch.bind(np.concatenate([self._pointers[k] for k in parts]), stream)
+        return alive
 
     def _launches(self, rules: Sequence[Rule], flat: Sequence[bool], stream: int) -> list[tuple[list[int], _Launch]]:
         """The parts of each launch, and it; made for each choice of rules, and of runs or rows, on first use."""
@@ -228,7 +258,8 @@ class Stepper:
         if key not in self._plan:
             by_rule: dict[tuple[Rule, np.dtype[Any]], list[int]] = {}
             for k, (rule, part) in enumerate(zip(rules, self._parts, strict=True)):
-                by_rule.setdefault((rule, part.dtype), []).append(k)
+                if part.rows:
+                    by_rule.setdefault((rule, part.dtype), []).append(k)
             launches = []
             for (rule, dtype), members in by_rule.items():
                 made = source(rule, dtype)
@@ -263,7 +294,7 @@ class Stepper:
         hit = self._writes.first_overlap(addresses, self._nbytes[id(part)])
         if hit >= 0:
             raise _checks.overlap(given.names[hit])
-        _order(self.driver, stream, others, self._device)
+        order(self.driver, stream, others, self._device)
         alive += others
         return addresses
 
@@ -282,7 +313,7 @@ def run(driver: Driver, rule: Rule, coefficients: Sequence[float], p: Any, g: An
         driver, _kernel(driver, rule, p.dtype, device, stream, thread), source(rule, p.dtype), p.dtype, device
     )
     launch.place([(0, (p, *states))], stream)
-    _order(driver, stream, [p, g, *states], device)
+    order(driver, stream, [p, g, *states], device)
     launch.bind(np.array([g.address], np.int64), stream)
     with DeferredInterrupt():
         launch([coefficients], stream)

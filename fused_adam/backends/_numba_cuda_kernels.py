@@ -55,7 +55,7 @@ def _flat(t: Any) -> list[Any]:
     return [] if t == types.void else [t]
 
 
-def _asm(text: str, result: Any, *operands: Any, memory: bool = False) -> Any:
+def asm(text: str, result: Any, *operands: Any, memory: bool = False) -> Any:
     """A function of one or two operands that is inline PTX. memory: it must stay in its place among others of these."""
     letters = {types.float32: "f", types.float64: "d", types.int64: "l"}
     outputs, inputs = _flat(result), [t for operand in operands for t in _flat(operand)]
@@ -93,17 +93,17 @@ def on_device(dtype: np.dtype[Any]) -> dict[str, Any]:
     number, t = {4: (types.float32, "f32"), 8: (types.float64, "f64")}[dtype.itemsize]
     names = {}
     for name, text in _OPERATIONS.items():
-        names[name] = _asm(text.format(t=t), number, *[number] * (2 if "$2" in text else 1))
+        names[name] = asm(text.format(t=t), number, *[number] * (2 if "$2" in text else 1))
     for n in (1, 16 // dtype.itemsize):
         wide, numbers = f".v{n}.{t}" if n > 1 else f".{t}", types.UniTuple(number, n)
         # What is read or written `once` is not needed before the next step: its cache lines are the first to go.
         for suffix, hint in (("", ""), ("_once", ".cs")):
             load = f"ld.global{hint}{wide} {_registers(0, n)}, [${n}];"
             store = f"st.global{hint}{wide} [$0], {_registers(1, n)};"
-            names[f"_load{n}{suffix}"] = _asm(load, numbers, types.int64, memory=True)
-            names[f"_store{n}{suffix}"] = _asm(store, types.void, types.int64, numbers, memory=True)
+            names[f"_load{n}{suffix}"] = asm(load, numbers, types.int64, memory=True)
+            names[f"_store{n}{suffix}"] = asm(store, types.void, types.int64, numbers, memory=True)
     for t in ("int32", "int64"):
-        names[f"_{t}"] = _asm(f"ld.global.s{t[3:]} $0, [$1];", types.int64, types.int64, memory=True)
+        names[f"_{t}"] = asm(f"ld.global.s{t[3:]} $0, [$1];", types.int64, types.int64, memory=True)
     return names
 
 
@@ -113,14 +113,14 @@ def on_device(dtype: np.dtype[Any]) -> dict[str, Any]:
 # what begins with "_" and a letter belongs to the loop.
 
 
-def _printed(node: ast.expr) -> str:
+def printed(node: ast.expr) -> str:
     """An expression as calls, in its own order: add(m, multiply(c1, g))."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.BinOp):
-        return f"{OPERATORS[type(node.op)]}({_printed(node.left)}, {_printed(node.right)})"
+        return f"{OPERATORS[type(node.op)]}({printed(node.left)}, {printed(node.right)})"
     assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    return f"{node.func.id}({', '.join(_printed(a) for a in node.args)})"
+    return f"{node.func.id}({', '.join(printed(a) for a in node.args)})"
 
 
 def _pass(rule: Rule, size: int, n: int, unroll: int, end: str, before: list[str]) -> Iterator[str]:
@@ -149,7 +149,7 @@ def _pass(rule: Rule, size: int, n: int, unroll: int, end: str, before: list[str
         lines = []
         for j in range(n):
             lines += [f"{a} = _{u}{j}_{a}" for a in arrays]
-            lines += [*before, *(f"{a.target} = {_printed(a.value)}" for a in rule.assignments)]
+            lines += [*before, *(f"{a.target} = {printed(a.value)}" for a in rule.assignments)]
             lines += [f"_{u}{j}_{a} = {a}" for a in rule.outputs]
         yield from indented(u, [*lines, *(f"{access('_store', u, a)}, ({held(u, a)}))" for a in rule.outputs)])
     yield from (f"        __{a} += {unroll} * _stride" for a in arrays)
@@ -201,9 +201,8 @@ def source(rule: Rule, dtype: np.dtype[Any]) -> str:
 _HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
-def define(rule: Rule, dtype: np.dtype[Any], names: dict[str, Any]) -> Callable[[int], None]:
-    """The printed kernel over `names`: `on_device`, or the tests' stand-ins for Numba's simulator."""
-    text = source(rule, dtype)
+def define(text: str, rule: Rule, dtype: np.dtype[Any], names: dict[str, Any]) -> Callable[[int], None]:
+    """A printed kernel over `names`: `on_device`, or the tests' stand-ins for Numba's simulator."""
     scope = {"__name__": __name__, "_cuda": cuda, **names}  # Numba imports a cached function's module
     # Under the rules file's name, or Numba would find no place for its disk cache; the hash in the function's name
     # keeps a changed rule, loop or dtype from finding an old entry.
@@ -220,5 +219,5 @@ def kernel(rule: Rule, dtype: np.dtype[Any]) -> Any:
 
     address: of the arguments (see `_cuda_source.source`) in device memory.
     """
-    function = define(rule, dtype, on_device(dtype))
+    function = define(source(rule, dtype), rule, dtype, on_device(dtype))
     return cached(lambda cache, **_: cuda.jit(cache=cache, **OPTIONS)(function))

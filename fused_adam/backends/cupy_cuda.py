@@ -11,8 +11,8 @@ import numpy as np
 
 from fused_adam._arrays import Array
 from fused_adam._codegen import Rule
-from fused_adam.backends import _cuda
-from fused_adam.backends._cuda_source import THREADS, Source
+from fused_adam.backends import _cuda, _cuda_rows
+from fused_adam.backends._cuda_source import THREADS, RowsSource, Source
 
 # What CuPy appends, -ftz=true among it, changes no bit: see kernels/step.cuh.
 _OPTIONS = ("-std=c++17",)
@@ -67,13 +67,33 @@ class _Table:
                 cupy.cuda.runtime.streamSynchronize(stream)
 
 
+class _Event:
+    def __init__(self, device: int) -> None:
+        self._device = device
+        with self._on():
+            self._event = cupy.cuda.Event(disable_timing=True)
+
+    @contextmanager
+    def _on(self) -> Iterator[None]:
+        with cupy.cuda.Device(self._device), _named(f"ordering two streams on GPU {self._device}"):
+            yield
+
+    def record(self, stream: int) -> None:
+        with self._on():
+            self._event.record(_Stream(stream))
+
+    def wait(self, stream: int) -> None:
+        with self._on():
+            cupy.cuda.runtime.streamWaitEvent(stream, self._event.ptr)
+
+
 class _Driver:
-    def kernel(self, made: Source, rule: Rule, dtype: np.dtype[Any], device: int) -> _cuda.Kernel:
+    def kernel(self, made: Source | RowsSource, rule: Rule, dtype: np.dtype[Any], device: int) -> _cuda.Kernel:
         if (made.text, device) not in _kernels:
             _kernels[made.text, device] = self._compile(made, device)
         return _kernels[made.text, device]
 
-    def _compile(self, made: Source, device: int) -> _cuda.Kernel:
+    def _compile(self, made: Source | RowsSource, device: int) -> _cuda.Kernel:
         with cupy.cuda.Device(device), _named(f"compiling {made.name}"):
             function = cupy.RawModule(code=made.text, options=_OPTIONS).get_function(made.name).kernel
         launch = f"launching {made.name} on GPU {device}"
@@ -98,11 +118,8 @@ class _Driver:
             return int(cupy.cuda.get_current_stream().ptr)
         return int(cupy.cuda.get_current_stream(device).ptr)
 
-    def wait(self, stream: int, other: int, device: int) -> None:
-        with cupy.cuda.Device(device), _named(f"ordering two streams on GPU {device}"):
-            event = cupy.cuda.Event(disable_timing=True)
-            event.record(_Stream(other))
-            cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
+    def event(self, device: int) -> _cuda.Event:
+        return _Event(device)
 
     def address(self, g: Any, shape: tuple[int, ...] | None, dtype: np.dtype[Any], device: int) -> int | None:
         if type(g) is cupy.ndarray and g.shape == shape and g.dtype == dtype and g.flags.c_contiguous:
@@ -115,7 +132,7 @@ class _Driver:
 _driver = _Driver()
 
 
-class Stepper(_cuda.Stepper):
+class Stepper(_cuda_rows.Stepper):
     driver = _driver
 
 

@@ -19,9 +19,10 @@ from numba.cuda.cudadrv.driver import CudaAPIError, host_to_device
 from fused_adam._arrays import Array
 from fused_adam._codegen import Rule
 from fused_adam._cuda_arrays import is_capturing
-from fused_adam.backends import _cuda
-from fused_adam.backends._cuda_source import THREADS, Source
+from fused_adam.backends import _cuda, _cuda_rows
+from fused_adam.backends._cuda_source import THREADS, RowsSource, Source
 from fused_adam.backends._numba_cuda_kernels import kernel
+from fused_adam.backends._numba_cuda_rows import rows_kernel
 
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
@@ -90,9 +91,24 @@ class _Table:
                 _stream(self._device, stream).synchronize()
 
 
+class _Event:
+    def __init__(self, device: int) -> None:
+        self._device = device
+        with _on(device, "ordering two streams"):
+            self._event = cuda.event(timing=False)
+
+    def record(self, stream: int) -> None:
+        with _on(self._device, "ordering two streams"):
+            self._event.record(_stream(self._device, stream))
+
+    def wait(self, stream: int) -> None:
+        with _on(self._device, "ordering two streams"):
+            self._event.wait(_stream(self._device, stream))
+
+
 class _Driver:
-    def kernel(self, made: Source, rule: Rule, dtype: np.dtype[Any], device: int) -> _cuda.Kernel:
-        dispatcher = kernel(rule, dtype)
+    def kernel(self, made: Source | RowsSource, rule: Rule, dtype: np.dtype[Any], device: int) -> _cuda.Kernel:
+        dispatcher = (rows_kernel if isinstance(made, RowsSource) else kernel)(rule, dtype)
         with _on(device, f"compiling {made.name}"):
             dispatcher.compile("void(int64)")
         copied = self.table(made.arguments.itemsize, device)
@@ -124,11 +140,8 @@ class _Driver:
             return int(cupy.cuda.get_current_stream(device).ptr)
         return _cuda.stream_address(cuda.default_stream())
 
-    def wait(self, stream: int, other: int, device: int) -> None:
-        with _on(device, "ordering two streams"):
-            event = cuda.event(timing=False)
-            event.record(_stream(device, other))
-            event.wait(_stream(device, stream))
+    def event(self, device: int) -> _cuda.Event:
+        return _Event(device)
 
     def address(self, g: Any, shape: tuple[int, ...] | None, dtype: np.dtype[Any], device: int) -> int | None:
         return None
@@ -137,7 +150,7 @@ class _Driver:
 _driver = _Driver()
 
 
-class Stepper(_cuda.Stepper):
+class Stepper(_cuda_rows.Stepper):
     driver = _driver
 
 
