@@ -13,7 +13,6 @@ from .ratios import EXPERIMENTS, Experiment, Result, tell
 from .report import progress
 from .timing import Timing
 
-MARGIN = 1.25
 TRIES = 3
 _TOO_LARGE = ("2^25",)  # it tells what 2^24 tells, and takes as long as all the rest
 
@@ -23,7 +22,7 @@ def guarded(experiments: Sequence[Experiment] = EXPERIMENTS) -> list[Experiment]
     return [
         replace(
             e,
-            targets=tuple(replace(t, least=t.least / MARGIN) for t in e.targets),
+            targets=tuple(replace(t, least=t.least / e.margin) for t in e.targets),
             rounds=min(e.rounds, 11),
             budget_s=6.0,
         )

@@ -17,7 +17,7 @@ from fused_adam._cuda_arrays import never_moves
 from fused_adam._layout import FlatBuffer, leaves, match, rebuild
 from fused_adam._part import Part
 from fused_adam._sparse import Gather, Mask, SparseGrad, gather, row_masks
-from fused_adam.backends import LIBRARY, DeferredInterrupt, Gradients, Loose, check_name, choose, load
+from fused_adam.backends import LIBRARY, Gradients, Loose, check_name, choose, load
 
 
 class Update(NamedTuple):
@@ -78,7 +78,7 @@ class Optimizer(ABC):
 
     def _recheck(self, k: int, group: Mapping[str, Any]) -> dict[str, Any]:
         """`_check` for group k, whose numbers are mostly the very objects that were found right at the last step."""
-        values = [group.get(name, _MISSING) for name in self._names]
+        values = [*map(group.get, self._names)]
         last, checked = self._last_checked.get(k, ((), {}))
         if not (checked and all(map(is_, values, last))):
             checked = self._check(group)
@@ -164,7 +164,7 @@ class Optimizer(ABC):
 
     def prepare(self) -> None:
         """Compile and allocate now what the first step would."""
-        self._stepper.prepare([u.rule for u in self._updates(self.t + 1)])
+        self._stepper.prepare([u.rule for u in self._updates(self.t + 1)], self.per_row_step)
 
     def step(self, grads: Any, *, mask: Any = None, stream: Any = None) -> None:
         """Update all parameters and states in place.
@@ -228,8 +228,9 @@ class Optimizer(ABC):
         updates = self._updates(t)
         rules = [u.rule for u in updates]
         values = [[u.coefficients[n] for n in u.rule.coefficients] for u in updates]
-        for part, rule, xs in zip(self._parts, rules, values, strict=True):
-            _checks.coefficients(zip(rule.coefficients, xs, strict=True), part.dtype)
+        if not self.per_row_step:  # whose rows take others
+            for part, rule, xs in zip(self._parts, rules, values, strict=True):
+                _checks.coefficients(zip(rule.coefficients, xs, strict=True), part.dtype)
         options = () if stream is None else (stream,)
         if mask is not None or self.per_row_step or any(map(_has_rows, gradients)):
             self._run_rows(t, rules, values, gradients, self._masks(mask), options)
@@ -254,16 +255,11 @@ class Optimizer(ABC):
         for part, rule, values, given, mine in zip(self._parts, rules, coefficients, loose, masks, strict=True):
 
             def at(number: int, part: Part = part, rule: Rule = rule, values: list[float] = values) -> list[float]:
-                return values if number == t else self._coefficients_at(number, part, rule)
+                return self._coefficients_at(number, part, rule) if self.per_row_step else values
 
             each = zip(part.names, given.arrays, mine, part.parameters, part.row_steps, strict=True)
             gathers.append([gather(name, g, mask, p, t, steps, at) for name, g, mask, p, steps in each])
-        with DeferredInterrupt():
-            self._stepper.step_rows(t, rules, coefficients, loose, gathers, *options)
-            for part, some in zip(self._parts, gathers, strict=True):
-                for steps, moved in zip(part.row_steps, some, strict=True):
-                    if steps is not None and moved is not None:
-                        steps[slice(None) if moved.every else moved.rows] = moved.steps
+        self._stepper.step_rows(t, rules, coefficients, loose, gathers, *options)
 
     def _coefficients_at(self, t: int, part: Part, rule: Rule) -> list[float]:
         update = self._update(self._recheck(part.group, self.param_groups[part.group]), t)
@@ -372,8 +368,10 @@ _MISSING = object()
 
 
 def _has_rows(given: Gradients) -> bool:
-    """Whether a gradient of some rows is among them."""
-    return type(given) is Loose and SparseGrad in map(type, given.arrays)
+    """Whether a gradient of some rows is among them; there is none among those that are known again."""
+    if type(given) is not Loose or given.given:
+        return False
+    return any(issubclass(kind, SparseGrad) for kind in {*map(type, given.arrays)})
 
 
 def _is_constant(x: Any) -> bool:

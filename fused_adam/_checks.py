@@ -234,7 +234,8 @@ def rows(name: str, p: AnyArray, needed: bool = True) -> tuple[int, int]:
     if not p.shape and needed:
         raise ValueError(f"{name} is of some rows but the parameter has shape (); pass an array of that shape")
     if order(p) != "C":
-        raise ValueError(f"{name} is stepped row by row but the parameter is in Fortran order; make it C order before")
+        why = "is stepped row by row but the parameter is in Fortran order"
+        raise ValueError(f"{name} {why}; make it a parameter in C order, np.ascontiguousarray(...)")
     n = p.shape[0] if p.shape else 1
     return n, math.prod(p.shape[1:])
 
@@ -297,9 +298,9 @@ def row_steps(name: str, given: Any, like: Array, t: int) -> Array:
     return a
 
 
-def mask_fits(name: str, n: int, rows: int) -> None:
+def mask_fits(name: str, n: int, gradient: str, rows: int) -> None:
     if n != rows:
-        raise ValueError(f"{name} has {n} entries but the parameter has {rows} rows")
+        raise ValueError(f"{name} has {n} entries but the parameter of {gradient} has {rows} rows")
 
 
 class Extents:

@@ -249,6 +249,18 @@ _WITH_AMSGRAD = ("torch", "keras", "optax")
 
 
 def _adam(group: Mapping[str, Any], decoupled: bool, t: int) -> Update:
+    if group["numerics"] != "torch":
+        return _foreign(group, decoupled, t)
+    weight_decay = group["weight_decay"]
+    beta1, beta2 = group["betas"]
+    c1, c2, step, eps, decay = _coefficients.adamw(t, group["lr"], beta1, beta2, group["eps"], weight_decay)
+    rule = ("amsgrad" if group["amsgrad"] else "adam") + ("w" if decoupled and weight_decay else "")
+    values = {"c1": c1, "c2": c2, "step": step, "eps": eps, "decay": decay}
+    return _update(rule, group, values, 0.0 if decoupled else weight_decay)
+
+
+def _foreign(group: Mapping[str, Any], decoupled: bool, t: int) -> Update:
+    """`_adam` by the formula of another library."""
     numerics, amsgrad = group["numerics"], group["amsgrad"]
     weight_decay, eps_root = group["weight_decay"], group["eps_root"]
     beta1, beta2 = group["betas"]
@@ -419,7 +431,6 @@ def _adam_step(
         "amsgrad": max_v is not None,
         "maximize": _checks.flag("maximize", maximize),
         "numerics": "torch",
-        "eps_root": 0.0,
     }
     update = _adam(group, _checks.flag("decoupled_weight_decay", decoupled), t)
     views = _checks.step_arrays(arrays)

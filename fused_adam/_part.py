@@ -40,7 +40,7 @@ class Part:
         shapes = [(p.size,) for p in self.parameters]
         layout = self.flat.layout if self.flat is not None else Layout.of(self.given, shapes, self.dtype)
         for name, p in zip(self.names, self.parameters, strict=True):
-            rows = _checks.rows(name, p, needed=False)[0] if per_row_step else 0
+            rows = _checks.rows(name.replace("grads", "params", 1), p, needed=False)[0] if per_row_step else 0
             self.row_steps.append(np.zeros(rows, np.int64) if per_row_step else None)
         for name, value in states:
             self.states[name] = FlatBuffer(layout, memory)

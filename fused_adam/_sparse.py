@@ -41,6 +41,9 @@ class SparseGrad:
     lazy: bool = False
 
 
+_FEW = 16  # rows with duplicates left to add up: then it is quicker one row after the other
+
+
 class Mask(NamedTuple):
     """Which of `size` rows are to move."""
 
@@ -56,7 +59,8 @@ class Gather(NamedTuple):
     ascending, each once; rows[k] takes the sum of those numbered order[starts[k]:starts[k + 1]] in `given`, in that
     order; without starts the one numbered order[k], without order the k-th. every: the other rows of p move too, with
     a gradient of 0. coefficients: of each variant of the step. variant: int64, which one each moving row takes; None if
-    all take the first. steps: int64, the new t of each moving row, if each has its own.
+    all take the first. row_steps, steps: int64, the t of all rows and the new one of each that moves, if each has its
+    own: to be written with the step.
     """
 
     name: str
@@ -69,7 +73,13 @@ class Gather(NamedTuple):
     every: bool
     coefficients: list[list[float]]
     variant: Array | None
+    row_steps: Array | None
     steps: Array | None
+
+    @property
+    def moving(self) -> int:
+        """How many rows move."""
+        return len(self.rows) if not self.every else self.p.shape[0] if self.p.shape else 1
 
     def values(self, stream: int = LEGACY_STREAM) -> Any:
         """The rows of gradients in one 1-D array, checked. stream: that of the step, on a GPU."""
@@ -89,11 +99,22 @@ class Gather(NamedTuple):
         left = np.flatnonzero(counts > 1)
         done = 1
         with np.errstate(all="ignore"):
-            while len(left):
+            while len(left) > _FEW:
                 sums[left] += table[self.order[self.starts[left] + done]]
                 done += 1
                 left = left[counts[left] > done]
+            for k in left:
+                rest = table[self.order[self.starts[k] + done : self.starts[k + 1]]]
+                sums[k] = np.add.accumulate(np.concatenate([sums[k : k + 1], rest]))[-1]  # from left to right
         return sums.reshape(-1), np.arange(len(self.rows))
+
+    def commit(self) -> tuple[Callable[..., Any], list[Any]]:
+        """A call that writes the rows' steps, and cannot fail."""
+        if self.row_steps is None:
+            return _nothing, []
+        if self.every:
+            return np.copyto, [self.row_steps, self.steps]
+        return self.row_steps.put, [self.rows, self.steps, "clip"]
 
     def by_variant(self, moving: Array) -> Iterator[tuple[list[float], Array]]:
         """Coefficients, and those of the moving rows that take them."""
@@ -103,6 +124,10 @@ class Gather(NamedTuple):
             order = np.argsort(self.variant, kind="stable")
             bounds = np.cumsum(np.bincount(self.variant, minlength=len(self.coefficients)))[:-1]
             yield from zip(self.coefficients, np.split(moving[order], bounds), strict=True)
+
+
+def _nothing() -> None:
+    pass
 
 
 def gather(
@@ -135,7 +160,7 @@ def gather(
         rows, starts, order = _sorted(_checks.indices(f"{name}.indices", g.indices, n))
         every = not _checks.flag(f"{name}.lazy", g.lazy)
     elif mask is not None:
-        _checks.mask_fits(mask.name, mask.size, n)
+        _checks.mask_fits(mask.name, mask.size, name, n)
         rows = order = mask.rows
     else:
         rows = np.arange(n)
@@ -145,18 +170,19 @@ def gather(
         distinct, found = np.unique(steps, return_inverse=True)
         numbers, variant = distinct.tolist(), found.astype(np.int64)
     values = [coefficients(number) for number in numbers]
-    return Gather(name, g, p, width, rows, starts, order, every, values, variant, steps)
+    return Gather(name, g, p, width, rows, starts, order, every, values, variant, row_steps, steps)
 
 
 def row_masks(mask: Any, trees: Sequence[Any], one_group: bool) -> list[list[Mask | None]]:
     """A mask for each array of each group's tree: one for all, or in their structure. Raises as `gather`."""
-    known: dict[int, Mask] = {}  # many parameters often share one
+    # Many parameters often share one. It is kept, for another object could get its id.
+    known: dict[int, tuple[Any, Mask]] = {}
 
     def checked(name: str, given: Any) -> Mask | None:
         if given is not None and id(given) not in known:
             a = _checks.row_mask(name, given)
-            known[id(given)] = Mask(name, a.size, np.flatnonzero(a))
-        return None if given is None else known[id(given)]
+            known[id(given)] = given, Mask(name, a.size, np.flatnonzero(a))
+        return None if given is None else known[id(given)][1]
 
     def is_one(x: Any) -> bool:
         return not isinstance(x, Mapping | list | tuple)

@@ -66,6 +66,11 @@ class _Joined(FlatBuffer):
         self.views = [view for buffer in buffers for view in buffer.views]
 
 
+class _Known(NamedTuple):
+    slots: dict[int, Slots]
+    sets: dict[tuple[tuple[int, int], ...], Together]
+
+
 class Variables:
     """Those that have come so far, in order, and for each set of them that came together what steps it."""
 
@@ -85,7 +90,7 @@ class Variables:
         return slots.states[name].views[0].reshape(slots.array.shape, order=order(slots.array))
 
     def together(self, variables: Mapping[int, Any]) -> Together:
-        """What steps these variables. Those that are new stay unknown until it is kept.
+        """What steps these variables. Those that are new stay unknown until they are kept.
 
         Raises:
             TypeError, ValueError, RuntimeError: a variable is wrong, or the backend cannot run.
@@ -96,12 +101,16 @@ class Variables:
             found = Together(variables, self._slots, self.backend)
         return found
 
-    def keep(self, together: Together) -> None:
+    def keep(self, together: Together) -> _Known:
+        """From here on these variables are known. Returns what `restore` takes, should their step not be done."""
+        known = _Known(self._slots, self._sets)
         if together.key not in self._sets:
-            if len(self._sets) == _MOST_SETS:
-                del self._sets[next(iter(self._sets))]
-            self._slots |= together.slots
-            self._sets[together.key] = together
+            self._slots = self._slots | together.slots
+            self._sets = dict([*self._sets.items()][1 - _MOST_SETS :]) | {together.key: together}
+        return known
+
+    def restore(self, known: _Known) -> None:
+        self._slots, self._sets = known
 
     def _check(self, variables: Mapping[int, Any]) -> None:
         names = [f"grads_and_vars[{n}][1]" for n in variables]

@@ -19,9 +19,9 @@ def rule(update: Callable[..., Any], coefficients: Callable[..., Mapping[str, fl
         update: the rule, read from its source: ``p`` and ``g`` first, then states (which are returned after p) and
             coefficients. Assignments over names with ``+ - * /``, sqrt, maximum, minimum, absolute and sign; no
             literals and no branches. It is never called. States start at 0.
-        coefficients: ``(t, **hyperparameters) -> {coefficient: number}``, called before each step with t = 1, 2, ...;
-            its arguments after t, with their defaults, are the class's hyperparameters. Without it, each coefficient
-            is a hyperparameter of its own that must be given.
+        coefficients: ``(t, **hyperparameters) -> {coefficient: number}``, called before each step with t = 1, 2, ...
+            (and, with per_row_step, with that of each row that moves); its arguments after t, with their defaults, are
+            the class's hyperparameters. Without it, each coefficient is a hyperparameter of its own that must be given.
 
     Returns:
         A class that is used like `Adam`: ``Class(params, *, backend="auto", per_row_step=False, **hyperparameters)``.

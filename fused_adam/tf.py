@@ -30,8 +30,9 @@ class AdamOptimizer:
 
     Args:
         learning_rate: >= 0. beta1, beta2: in [0, 1). epsilon: >= 0. Each a number, or a callable of no arguments that
-            is asked for it at every step; also attributes, which may be changed between steps. (While a beta changes,
-            TensorFlow multiplies what it was at each step; here it is the power of what it is now.)
+            is asked for it at every step, and when the state is saved; also attributes, which may be changed between
+            steps. (While a beta changes, TensorFlow multiplies what it was at each step; here it is the power of what
+            it is now.)
         use_locking: TensorFlow's, for threads that update one variable at once. It changes nothing here: a step is
             never torn by an error or Ctrl-C, and steps from several threads have to be locked by them.
         name: what messages and ``repr`` call it.
@@ -107,11 +108,11 @@ class AdamOptimizer:
             raise ValueError(f"{name or self.name}: no variable has a gradient; pass at least one that is not None")
         _check_global_step(global_step)
         together = self._together({n: v for n, (_, v) in pairs.items()})
+        done: Any = None if global_step is None else global_step + np.ones((), global_step.dtype)
         with DeferredInterrupt():
-            together.apply_gradients(pairs.values())
-            self._keep(together)
+            self._keep(together, together.apply_gradients, pairs.values())
             if global_step is not None:
-                global_step += 1
+                np.copyto(global_step, done)
 
     def minimize(
         self,
@@ -144,8 +145,7 @@ class AdamOptimizer:
     def prepare(self, var_list: Sequence[Any]) -> None:
         """Make the slots, and compile and allocate, now instead of at the first step over these variables."""
         together = self._together(dict(enumerate(var_list)))
-        together.prepare()
-        self._keep(together)
+        self._keep(together, together.prepare)
 
     def _together(self, variables: Mapping[int, Any]) -> Together:
         """What steps these variables, which are numbered as the caller did, at the numbers of now."""
@@ -157,11 +157,15 @@ class AdamOptimizer:
         together._t[0] = self.t
         return together
 
-    def _keep(self, together: Together) -> None:
-        """Take over what has just succeeded."""
-        self._known.keep(together)
-        self.t = together.t
-        self.backend = together.backend
+    def _keep(self, together: Together, call: Callable[..., None], *arguments: Any) -> None:
+        """Do something with these variables, and know them from then on unless it fails. After it, nothing can."""
+        before = self._known.keep(together)
+        try:
+            call(*arguments)
+        except BaseException:
+            self._known.restore(before)
+            raise
+        self.t, self.backend = together.t, together.backend
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -198,8 +202,7 @@ class AdamOptimizer:
         """
         together = self._together(dict(enumerate(var_list)))
         with DeferredInterrupt():
-            together.load_state_dict(state_dict)
-            self._keep(together)
+            self._keep(together, together.load_state_dict, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Variables are known by their ids, which those of a copy do not share."""

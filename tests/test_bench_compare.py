@@ -292,5 +292,5 @@ def test_the_guard_asserts_every_target_but_the_largest_with_a_margin():
     assert set(planned) == {e.where for e in ratios.EXPERIMENTS} - {"2^25"}
     for e in ratios.EXPERIMENTS:
         if e.where in planned:
-            lowered = tuple(replace(t, least=t.least / guard.MARGIN) for t in e.targets)
+            lowered = tuple(replace(t, least=t.least / e.margin) for t in e.targets)
             assert planned[e.where].targets == lowered and planned[e.where].budget_s < math.inf

@@ -138,7 +138,15 @@ def arrays(seed):
 params, grads = arrays(0), arrays(1)
 kw = {"Adam": {"amsgrad": True, "maximize": True}, "Lion": {"weight_decay": 0.1}, "RMSprop": {"centered": True}}
 kw = kw[sys.argv[2]]
+if how in ("rows", "mask"):
+    kw["per_row_step"] = True
 opt = cls(params, backend=backend, **kw)
+if how == "rows":
+    some = [[3, 1, 3, 999], [*range(0, 40000, 3)], [2, 0]]
+    some = [fused_adam.SparseGrad(i, np.ones((len(i), *g.shape[1:]), g.dtype), k < 2)
+            for k, (i, g) in enumerate(zip(some, grads))]
+    grads = [*some, grads[3]]
+masks = [np.arange(len(g)) % 3 == 1 for g in grads[:3]] + [None] if how == "mask" else None
 p, g, m, v = arrays(2)[1], arrays(3)[1], arrays(4)[1], np.abs(arrays(5)[1])
 loaded = None
 
@@ -148,6 +156,8 @@ def call():
         opt.load_state_dict(loaded)
     elif how == "function":
         fused_adam.adam_step(p, g, m, v, step=1, backend=backend)
+    elif how == "mask":
+        opt.step(grads, mask=masks)
     else:
         opt.step(grads)
 
@@ -247,6 +257,10 @@ def test_ctrl_c_never_leaves_half_a_step_and_is_never_lost(backend):
         ("numpy", "load", "Adam", 2),  # the same for every backend
         ("numba", "plain", "Adam", 3),  # one compiled call, which allocates nothing, after many that do
         ("numba", "function", "Adam", 1),
+        ("numpy", "rows", "Adam", 7),
+        ("numpy", "mask", "Lion", 7),
+        ("numba", "rows", "Adam", 7),
+        ("numba", "mask", "RMSprop", 7),
     ],
 )
 def test_a_failed_allocation_leaves_all_as_it_was(backend, how, cls, stride, tmp_path):

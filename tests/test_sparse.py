@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import pickle
 
 import hypothesis
@@ -168,6 +169,70 @@ def test_threads(serial_below, threads, monkeypatch):
     assert bool(ran_serial) == (serial_below > 0 or threads == 1), "not the loop that this row is about"
 
 
+def test_groups_and_changed_hyperparameters_with_steps_of_rows(backend):
+    rng = np.random.default_rng(10)
+    a, b = draw(rng, (4, 3), np.float32), draw(rng, (5,), np.float32)
+    alone = [a.copy(), b.copy()]
+    groups = [{"params": a, "lr": 0.1}, {"params": b, "betas": (0.5, 0.9)}]
+    opt = fused_adam.Adam(groups, backend=backend, per_row_step=True)
+    plain = [
+        fused_adam.Adam(alone[0], lr=0.1, backend="numpy"),
+        fused_adam.Adam(alone[1], betas=(0.5, 0.9), backend="numpy"),
+    ]
+    for t in range(6):
+        opt.param_groups[1]["lr"] = plain[1].param_groups[0]["lr"] = 0.01 * (t + 1)
+        opt.param_groups[0]["eps"] = plain[0].param_groups[0]["eps"] = 1e-3 / (t + 1)
+        grads = draw(rng, a.shape, np.float32), draw(rng, b.shape, np.float32)
+        opt.step(grads)
+        for one, g in zip(plain, grads, strict=True):
+            one.step(g)
+    assert a.tobytes() == alone[0].tobytes() and b.tobytes() == alone[1].tobytes()
+
+
+def test_the_coefficients_of_a_rows_own_step_are_checked(backend):
+    """Those of t = 2 are too large for float32, those of t = 1 are not."""
+    p = np.ones((3, 2), np.float32)
+    opt = fused_adam.Adam(p, lr=8.5e39, betas=(0.0, 0.999), backend=backend, per_row_step=True)
+    g = np.full((1, 2), 1e-30, np.float32)
+    opt.step(SparseGrad([0], g, lazy=True))
+    opt.step(SparseGrad([1], g, lazy=True))
+    before = everything(opt)
+    with pytest.raises(ValueError, match="coefficient step is"):
+        opt.step(SparseGrad([1, 2], np.repeat(g, 2, 0), lazy=True))
+    assert everything(opt) == before and opt.t == 2
+
+
+def test_masks_that_are_made_when_asked_for(backend):
+    """Such as those of an open npz file: each is gone before the next one comes, which may then get its id."""
+    masks = {name: np.arange(8) == k for k, name in enumerate("abcdef")}
+    file = io.BytesIO()
+    np.savez(file, **masks)
+    file.seek(0)
+    params = {name: np.ones((8, 2), np.float32) for name in masks}
+    fused_adam.Adam(params, backend=backend).step({k: np.ones_like(p) for k, p in params.items()}, mask=np.load(file))
+    for name, p in params.items():
+        assert np.array_equal((p != 1).all(axis=1), masks[name])
+
+
+def test_prepared_it_compiles_nothing_in_its_first_step(monkeypatch):
+    require("numba")
+    opt = fused_adam.Adam(np.ones((2**16, 5), np.float32), backend="numba", per_row_step=True)
+    opt.prepare()
+    loops = importlib.import_module("fused_adam.backends._numba_rows").LOOPS
+    assert loops.compiled
+    monkeypatch.setattr(type(loops), "compile", None)
+    opt.step(SparseGrad([1], np.ones((1, 5), np.float32)))
+
+
+def test_a_subclass_is_a_sparse_gradient_too(backend):
+    class Named(SparseGrad):
+        pass
+
+    p = np.ones((3, 2), np.float32)
+    fused_adam.Adam(p, backend=backend).step(Named([1], p[:1] * 2, lazy=True))
+    assert (p != 1).tolist() == [[False] * 2, [True] * 2, [False] * 2]
+
+
 def test_a_mask_is_a_lazy_gradient(backend):
     rng = np.random.default_rng(3)
     shapes = [(1000, 59), (1000,), (1000, 4, 3)]
@@ -268,6 +333,7 @@ def test_a_saved_run_continues_to_the_bit(backend):
     assert p.tobytes() == q.tobytes() == loaded.param_groups[0]["params"].tobytes()
     assert pickle.dumps(opt.state_dict()) == pickle.dumps(copy.state_dict()) == pickle.dumps(loaded.state_dict())
 
+    opt.state_dict()["state"][0]["row_steps"][...] = 99  # a copy
     steps = opt.state_dict()["state"][0]["row_steps"]
     for wrong in (steps[:-1], steps.astype(np.int32), steps - 5, steps + 7):
         state = opt.state_dict()
@@ -308,7 +374,7 @@ def test_bad_input_is_refused_before_anything_is_written(g, error, said, backend
 
 
 MASKS = [
-    (np.ones(9, bool), ValueError, "mask has 9 entries but the parameter has 10 rows"),
+    (np.ones(9, bool), ValueError, "mask has 9 entries but the parameter of grads has 10 rows"),
     (np.ones(10, np.int8), TypeError, "mask should be an array of booleans, got a NumPy array of int8"),
     (np.ones((10, 3), bool), ValueError, r"mask should be 1-D, a boolean for each row, got shape \(10, 3\)"),
     (np.ma.array(np.ones(10, bool), mask=True), TypeError, "mask should not be a masked array"),

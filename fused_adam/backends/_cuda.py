@@ -202,7 +202,8 @@ class Stepper:
         self._current: list[tuple[list[int], _Launch]] = []
         self._alive: list[CudaArray] = []  # what other libraries lent must outlive the launch
 
-    def prepare(self, rules: Sequence[Rule]) -> None:
+    def prepare(self, rules: Sequence[Rule], by_row: bool) -> None:
+        """by_row: for `step_rows`."""
         stream = self.driver.current_stream(self._device)
         for flat in ([bool(part.runs) for part in self._parts], [False] * len(self._parts)):
             self._launches(rules, flat, stream)

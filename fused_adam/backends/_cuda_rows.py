@@ -137,6 +137,18 @@ class Stepper(_cuda.Stepper):
     def _room(self) -> _Room:
         return _Room(self.driver, self._device)
 
+    def prepare(self, rules: Sequence[Rule], by_row: bool) -> None:
+        super().prepare(rules, by_row)
+        for rule, part in zip(rules, self._parts, strict=True):
+            if by_row:
+                self._row_kernel(rule, part.dtype)
+
+    def _row_kernel(self, rule: Rule, dtype: np.dtype[Any]) -> tuple[RowsSource, _cuda.Kernel]:
+        made = rows_source(rule, dtype)
+        if made not in self._row_kernels:
+            self._row_kernels[made] = self.driver.kernel(made, rule, dtype, self._device)
+        return made, self._row_kernels[made]
+
     def step_rows(
         self,
         t: int,
@@ -156,6 +168,7 @@ class Stepper(_cuda.Stepper):
         alive = whole._look_again(rules, [given.only(k) for given, k in zip(gradients, keep, strict=True)], on)
         upload = _Upload()
         launches = self._row_launches(rules, gathers, on, alive, upload)
+        commits = [moved.commit() for some in gathers for moved in some if moved is not None]
         arguments: list[Array] = []
         if launches:
             base = self._room.address(upload.nbytes)
@@ -167,6 +180,8 @@ class Stepper(_cuda.Stepper):
                 launch.kernel(launch.blocks, given, on)
             if launches:
                 self._room.read(on)
+            for write, given_to in commits:
+                write(*given_to)
             self._t[0] = t
         self._alive = alive
 
@@ -203,10 +218,8 @@ class Stepper(_cuda.Stepper):
         alive += lent
         launches = []
         for (rule, dtype), moved in by_rule.items():
-            made = rows_source(rule, dtype)
-            if made not in self._row_kernels:
-                self._row_kernels[made] = self.driver.kernel(made, rule, dtype, self._device)
-            launch = _Launch.of(self._row_kernels[made], made, dtype, moved, upload)
+            made, kernel = self._row_kernel(rule, dtype)
+            launch = _Launch.of(kernel, made, dtype, moved, upload)
             upload.add(launch.table)
             upload.add(launch.of_block)
             launches.append(launch)

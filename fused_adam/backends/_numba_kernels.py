@@ -36,7 +36,7 @@ def cached(compile_with: Callable[..., Any]) -> Any:
 
 
 @intrinsic
-def _view(typingctx: Any, address: Any, lo: Any, n: Any, dtype: Any) -> Any:
+def view_of(typingctx: Any, address: Any, lo: Any, n: Any, dtype: Any) -> Any:
     """The n elements of `dtype` from element `lo` behind an address, as an array."""
     element = dtype.dtype if isinstance(dtype, types.NumberClass) else dtype
     array = types.Array(element, 1, "C")
@@ -87,7 +87,7 @@ def _compile(rule: Rule, dtype: np.dtype[Any]) -> Any:
     source = numba_source(rule)
     scope: dict[str, Any] = {
         "__name__": __name__,  # Numba imports a cached function's module
-        "_view": _view,
+        "_view": view_of,
         "_T": numba.from_dtype(dtype),
         "sqrt": math.sqrt,
         "absolute": abs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -14,7 +14,8 @@ from numba.extending import intrinsic
 
 from fused_adam._arrays import Array, address
 from fused_adam._sparse import Gather
-from fused_adam.backends.numba_cpu import CHUNK, COEFFICIENTS, I64, INTS, Loops, call
+from fused_adam.backends._numba_kernels import view_of
+from fused_adam.backends.numba_cpu import CHUNK, COEFFICIENTS, F64, I64, INTS, TABLE, Loops, call, chunk
 
 _AHEAD = 8  # pieces for whose memory it asks early: that of scattered rows no processor foresees
 _LINE = 64  # bytes of the cache
@@ -34,90 +35,141 @@ def prefetch(typingctx: Any, address: Any) -> Any:
     return types.void(address), codegen
 
 
+# What the columns of the table of moves hold: numbers; addresses, of which those of what there is not are 0; and from
+# FIRST_ARRAY on the addresses of p and the states. TURN: rows a thread takes at a time. GIVEN: how many of ROWS have
+# gradients, which are number SOURCE of VALUES. LINES: of coefficients, LINE each.
+(
+    COUNT, WIDTH, ITEMSIZE, EVERY, TURN, KERNEL, GIVEN, ROWS,
+    SOURCE, VARIANT, LINES, LINE, STEPS, ROW_STEPS, ZEROS, VALUES, FIRST_ARRAY,
+) = range(17)  # fmt: skip
+_MOST_PIECES = 2**12  # of a turn
+
+
 @numba.njit(inline="always")
-def _turn(
-    lo: Any, hi: Any, w: Any, itemsize: Any, every: Any, bases: Any, rows: Any, source: Any, variant: Any, kernel: Any,
-    coefficients: Any,
-) -> None:  # fmt: skip
-    """Moving rows lo to hi. Neighbours that find their gradients side by side, or have none, are one piece."""
-    pieces = np.empty((hi - lo, bases.size + 1), np.int64)  # elements, variant, addresses of p, g and the states
+def _turn(move: Any, lo: Any, pieces: Any) -> None:
+    """Moving rows from number lo. Neighbours that find their gradients side by side, or have none, are one piece.
+
+    pieces: room for them: elements, variant, addresses of g, p and the states, in the kernel's order.
+    """
+    hi, size, given_rows = min(move[COUNT], lo + move[TURN]), move[WIDTH] * move[ITEMSIZE], move[GIVEN]
+    rows = view_of(move[ROWS], 0, given_rows, I64)
+    source = view_of(move[SOURCE], 0, given_rows, I64)
+    variant = view_of(move[VARIANT], 0, move[COUNT] if move[VARIANT] else 0, I64)
+    arrays = pieces.shape[1] - 2
     used, given = 0, False
-    k = np.searchsorted(rows, lo) if every else lo
+    k = np.searchsorted(rows, lo) if move[EVERY] else lo
     for j in range(lo, hi):
-        row = j if every else rows[j]
-        before, given = given, k < rows.size and rows[k] == row
-        start = row * w * itemsize
+        row = j if move[EVERY] else rows[j]
+        before, given = given, k < given_rows and rows[k] == row
+        start = row * size
         if (
             used > 0
             and given == before
-            and pieces[used - 1, 2] + pieces[used - 1, 0] * itemsize == bases[2] + start
+            and pieces[used - 1, 2] + pieces[used - 1, 0] * move[ITEMSIZE] == move[FIRST_ARRAY] + start
             and (not given or source[k] == source[k - 1] + 1)
             and (variant.size == 0 or variant[j] == variant[j - 1])
         ):
-            pieces[used - 1, 0] += w
+            pieces[used - 1, 0] += move[WIDTH]
         else:
-            pieces[used, 0] = w
+            pieces[used, 0] = move[WIDTH]
             pieces[used, 1] = variant[j] if variant.size else 0
-            pieces[used, 2] = bases[2] + start
-            pieces[used, 3] = bases[1] + source[k] * w * itemsize if given else bases[0]
-            for state in range(3, bases.size):
-                pieces[used, state + 1] = bases[state] + start
+            pieces[used, 2] = move[FIRST_ARRAY] + start
+            pieces[used, 3] = move[VALUES] + source[k] * size if given else move[ZEROS]
+            for state in range(1, arrays - 1):
+                pieces[used, 3 + state] = move[FIRST_ARRAY + state] + start
             used += 1
         k += given
     for r in range(used):
         if r + _AHEAD < used:
             for column in range(2, pieces.shape[1]):
-                for byte in range(0, min(pieces[r + _AHEAD, 0] * itemsize + _LINE - 1, 8 * _LINE), _LINE):
+                for byte in range(0, min(pieces[r + _AHEAD, 0] * move[ITEMSIZE] + _LINE - 1, 8 * _LINE), _LINE):
                     prefetch(pieces[r + _AHEAD, column] + byte)
+        line = view_of(move[LINES], pieces[r, 1] * move[LINE], move[LINE], F64)
         for start in range(0, pieces[r, 0], CHUNK):
-            n = min(CHUNK, pieces[r, 0] - start)
-            call(kernel, pieces[r, 2:], start, n, coefficients[pieces[r, 1]])
+            call(move[KERNEL], pieces[r, 2:], start, min(CHUNK, pieces[r, 0] - start), line)
 
 
-_ROWS = [types.void(I64, I64, I64, types.boolean, INTS, INTS, INTS, INTS, I64, COEFFICIENTS)]
+@numba.njit(inline="always")
+def _unit(k: Any, rows: Any, first: Any, kernels: Any, coefficients: Any, moves: Any, turns: Any, pieces: Any) -> None:
+    """Number k of the chunks of ordinary rows, as in `numba_cpu`, and then of the turns of moves."""
+    if k < first[-1]:
+        r = np.searchsorted(first, k, side="right") - 1
+        chunk(rows, kernels, coefficients, r, (k - first[r]) * CHUNK)
+    else:
+        turn = k - first[-1]
+        m = np.searchsorted(turns, turn, side="right") - 1
+        _turn(moves[m], (turn - turns[m]) * moves[m, TURN], pieces)
+
+
+@numba.njit(inline="always")
+def _commit(moves: Any, t: Any, t_new: Any) -> None:
+    for move in moves:
+        if move[STEPS]:
+            steps = view_of(move[STEPS], 0, move[COUNT], I64)
+            rows = view_of(move[ROWS], 0, move[GIVEN], I64)
+            for j in range(move[COUNT]):
+                view_of(move[ROW_STEPS], j if move[EVERY] else rows[j], 1, I64)[0] = steps[j]
+    t[0] = t_new
 
 
 def _serial(
-    count: Any, w: Any, itemsize: Any, every: Any, bases: Any, rows: Any, source: Any, variant: Any, kernel: Any,
-    coefficients: Any,
-) -> None:  # fmt: skip
-    each = max(1, CHUNK // w)
-    for lo in range(0, count, each):
-        hi = min(count, lo + each)
-        _turn(lo, hi, w, itemsize, every, bases, rows, source, variant, kernel, coefficients)
+    rows: Any, first: Any, kernels: Any, coefficients: Any, moves: Any, turns: Any, pieces: Any, t: Any, t_new: Any
+) -> None:
+    for k in range(first[-1] + turns[-1]):
+        _unit(k, rows, first, kernels, coefficients, moves, turns, pieces[0])
+    _commit(moves, t, t_new)
 
 
 def _parallel(
-    count: Any, w: Any, itemsize: Any, every: Any, bases: Any, rows: Any, source: Any, variant: Any, kernel: Any,
-    coefficients: Any,
-) -> None:  # fmt: skip
-    each = max(1, CHUNK // w)
-    for turn in numba.prange((count + each - 1) // each):
-        hi = min(count, (turn + 1) * each)
-        _turn(turn * each, hi, w, itemsize, every, bases, rows, source, variant, kernel, coefficients)
+    rows: Any, first: Any, kernels: Any, coefficients: Any, moves: Any, turns: Any, pieces: Any, t: Any, t_new: Any
+) -> None:
+    for k in numba.prange(first[-1] + turns[-1]):
+        _unit(k, rows, first, kernels, coefficients, moves, turns, pieces[numba.get_thread_id()])
+    _commit(moves, t, t_new)
 
 
-LOOPS = Loops(_ROWS, _serial, _parallel)
+_PIECES = types.Array(I64, 3, "C")
+LOOPS = Loops([types.void(TABLE, INTS, INTS, COEFFICIENTS, TABLE, INTS, _PIECES, INTS, I64)], _serial, _parallel)
 
 
-class Move(NamedTuple):
-    """A step of the rows of one parameter that move, ready to run. alive: what its addresses point to."""
+class Moves:
+    """The rows that move in one step, parameter by parameter. What the addresses point to lives as long as it does."""
 
-    n: int
-    arguments: tuple[Any, ...]
-    alive: tuple[Array, ...]
+    def __init__(self) -> None:
+        self.n = 0  # elements
+        self._moves: list[list[int]] = []
+        self._alive: list[Array] = []
 
+    def add(self, kernel: int, row: Sequence[Array], values: Array, moved: Gather) -> None:
+        """row: p and the states. values: the checked gradients."""
+        w, size = moved.width, row[0].size
+        g, source = moved.summed(values)
+        zeros = np.zeros(max(w, CHUNK) if moved.every else 0, g.dtype)  # a piece is no longer
+        lines = np.array(moved.coefficients, np.float64)
+        turn = max(1, min(_MOST_PIECES, CHUNK // max(w, 1)))
+        arrays = [moved.rows, source, moved.variant, lines, moved.steps, moved.row_steps, zeros, g, *row]
+        rows, source_, variant, lines_, steps, row_steps, *rest = (0 if a is None else address(a) for a in arrays)
+        about = [
+            moved.moving,
+            w,
+            g.itemsize,
+            moved.every,
+            turn,
+            kernel,
+            len(moved.rows),
+            rows,
+            source_,
+            variant,
+            lines_,
+        ]
+        self._moves.append([*about, lines.shape[-1], steps, row_steps, *rest])
+        self._alive += [a for a in arrays if a is not None]
+        self.n += moved.moving * w if size else 0
 
-def move(kernel: int, row: Sequence[Array], values: Array, moved: Gather) -> Move | None:
-    """row: p and the states. values: the checked gradients. None if nothing moves."""
-    w = moved.width
-    count = row[0].size // max(w, 1) if moved.every else len(moved.rows)
-    if not row[0].size or not count:
-        return None
-    g, source = moved.summed(values)
-    zeros = np.zeros(max(w, CHUNK) if moved.every else 0, g.dtype)  # a piece is no longer
-    bases = np.array([address(a) for a in (zeros, g, *row)], np.int64)
-    variant = np.zeros(0, np.int64) if moved.variant is None else moved.variant
-    coefficients = np.array(moved.coefficients, np.float64)
-    about = (count, w, g.itemsize, moved.every, bases, moved.rows, source, variant, kernel, coefficients)
-    return Move(count * w, about, (zeros, g, *row))
+    def arguments(self) -> tuple[Array, Array, Array]:
+        """moves, turns and pieces, as the loops take them."""
+        widest = max(map(len, self._moves))
+        moves = np.array([move + [0] * (widest - len(move)) for move in self._moves], np.int64)
+        turns = np.where(moves[:, WIDTH] > 0, -(-moves[:, COUNT] // moves[:, TURN]), 0)
+        room = (numba.config.NUMBA_NUM_THREADS, int(moves[:, TURN].max()), widest - FIRST_ARRAY + 3)
+        return moves, np.concatenate([[0], turns.cumsum()]), np.empty(room, np.int64)

@@ -221,9 +221,10 @@ class Stepper:
         self._kernels = np.zeros(len(parts), np.int64)
         self._coefficients = np.zeros((len(parts), 1))
 
-    def prepare(self, rules: Sequence[Rule]) -> None:
+    def prepare(self, rules: Sequence[Rule], by_row: bool) -> None:
+        """by_row: for `step_rows`."""
         self._take(rules)
-        ready(self._n)
+        ready(self._n, importlib.import_module("fused_adam.backends._numba_rows").LOOPS if by_row else _LOOPS)
 
     def _use(self, rules: Sequence[Rule], coefficients: Sequence[Sequence[float]]) -> None:
         if self._rules != rules:
@@ -260,33 +261,27 @@ class Stepper:
         gathers: Sequence[Sequence[Gather | None]],
     ) -> None:
         """`step` where of each parameter that has one only the rows of its gather move."""
-        from fused_adam.backends._numba_rows import LOOPS, move  # compiled only where they are needed
+        from fused_adam.backends._numba_rows import LOOPS, Moves  # compiled only where they are needed
 
         self._use(rules, coefficients)
-        leaves = [
-            (k, *leaf)
-            for k, (part, given, some) in enumerate(zip(self._parts, gradients, gathers, strict=True))
-            for leaf in zip(*given[:3], part.rows, some, strict=True)
-        ]
-        gs = []
-        for _, name, g, p, _, moved in leaves:
-            gs.append(moved.values() if moved else _checks.gradient(name, g, p))
-            self._writes.refuse(name, gs[-1])
-        ordinary = [r for r, (*_, moved) in enumerate(leaves) if moved is None]
-        rows = self._rows[ordinary]
-        rows[:, COLUMNS + 1] = [address(gs[r]) for r in ordinary]
-        moves = [
-            move(int(self._kernels[k]), row, g, moved)
-            for (k, *_, row, moved), g in zip(leaves, gs, strict=True)
-            if moved is not None
-        ]
-        ready(self._n)
-        ready(max((m.n for m in moves if m), default=0), LOOPS)
-        with DeferredInterrupt():
-            launch(int(rows[:, 0].sum()), rows, _chunks(rows), self._kernels, self._coefficients, self._t, self._t[0])
-            for n, arguments, _ in filter(None, moves):
-                launch(n, *arguments, loops=LOOPS)
-            self._t[0] = t
+        moves = Moves()
+        ordinary: dict[int, Array] = {}  # gradients, by the row of the table
+        r = 0
+        for part, code, given, some in zip(self._parts, self._kernels.tolist(), gradients, gathers, strict=True):
+            for name, g, p, row, moved in zip(*given[:3], part.rows, some, strict=True):
+                checked = moved.values() if moved else _checks.gradient(name, g, p)
+                self._writes.refuse(name, checked)
+                if moved:
+                    moves.add(code, row, checked, moved)
+                else:
+                    ordinary[r] = checked
+                r += 1
+        rows = self._rows[[*ordinary]]
+        rows[:, COLUMNS + 1] = [address(g) for g in ordinary.values()]
+        n = int(rows[:, 0].sum()) + moves.n
+        ready(n, LOOPS)
+        arguments = (rows, _chunks(rows), self._kernels, self._coefficients, *moves.arguments(), self._t, t)
+        launch(n, *arguments, loops=LOOPS)
 
     def _bind(self, part: Rows, column: Array, nbytes: Array, given: Loose) -> list[Array]:
         """Check the gradients and write their addresses."""

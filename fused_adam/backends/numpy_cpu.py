@@ -54,7 +54,7 @@ def _quiet() -> contextvars.Context:
     return context
 
 
-_Call = tuple[Callable[..., Any], list[Array]]
+_Call = tuple[Callable[..., Any], list[Any]]
 
 
 def _calls(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states: Sequence[Array]) -> list[_Call]:
@@ -94,17 +94,16 @@ def _row_calls(rule: Rule, moved: Gather, p: Array, values: Array, states: Seque
     everyone = np.arange(p.size // max(w, 1)) if moved.every else moved.rows
     if not p.size or not len(everyone):
         return []
-    # Rows as opaque bytes: NumPy copies each in one go, whether it is aligned or not.
-    row = np.dtype((np.void, w * p.itemsize))
-    gradients, table = values.reshape(-1).view(row), [a.view(row) for a in (p, *states)]
+    # Rows as opaque bytes: NumPy copies each in one go, whether it is aligned or not. Taken and put by methods that
+    # allocate nothing, and "clip", for the rows were checked: with "raise" they would go through a buffer. A row of
+    # more than a chunk is a chunk of its own, and never copied.
+    row = np.dtype((np.void, w * p.itemsize if w <= CHUNK else 1))
+    gradients, table = values.view(row), [a.view(row) for a in (p, *states)]
     each = max(1, CHUNK // w)
+    used = kernel(rule)[1] + 1 + len(table)  # by `_calls`
+    found, zeros, *inside = _scratch(used + 2 + len(table), p.dtype)[used:-1]
     if w > CHUNK:
-        zeros, inside, found = np.zeros(w, p.dtype), [], np.zeros(0, row)  # such a row is always a chunk of its own
-    else:
-        used = kernel(rule)[1] + 1 + len(table)  # by `_calls`
-        spare = [a[: each * w] for a in _scratch(used + 2 + len(table), p.dtype)[used:-1]]
-        zeros, *inside = spare[1:]
-        found = spare[0].view(row)
+        zeros = np.zeros(w, p.dtype)
     calls: list[_Call] = []
     for coefficients, mine in moved.by_variant(everyone):
         for lo in range(0, len(mine), each):
@@ -119,25 +118,20 @@ def _row_calls(rule: Rule, moved: Gather, p: Array, values: Array, states: Seque
             else:
                 g = zeros[: n * w]
                 calls.append((g.fill, [np.zeros((), g.dtype)]))
-                calls.append((_take, [gradients, numbers, found[: len(numbers)]]))
-                calls.append((_put, [g.view(row), place, found[: len(numbers)]]))
+                if len(numbers):
+                    some = found[: len(numbers) * w].view(row)
+                    calls.append((gradients.take, [numbers, 0, some, "clip"]))
+                    calls.append((g.view(row).put, [place, some, "clip"]))
             if here[-1] - here[0] == n - 1:
                 rows = [a[here[0] * w : (here[0] + n) * w] for a in (p, *states)]
                 calls += _calls(rule, coefficients, rows[0], g, rows[1:])
             else:
                 rows = [a[: n * w] for a in inside]
-                calls += [(_take, [a, here, copy.view(row)]) for a, copy in zip(table, rows, strict=True)]
+                copies = [(a, copy.view(row)) for a, copy in zip(table, rows, strict=True)]
+                calls += [(a.take, [here, 0, copy, "clip"]) for a, copy in copies]
                 calls += _calls(rule, coefficients, rows[0], g, rows[1:])
-                calls += [(_put, [a, here, copy.view(row)]) for a, copy in zip(table, rows, strict=True)]
+                calls += [(a.put, [here, copy, "clip"]) for a, copy in copies]
     return calls
-
-
-def _take(a: Array, rows: Array, out: Array) -> None:
-    np.take(a, rows, 0, out, "clip")  # they were checked; with "raise" it would go through a buffer
-
-
-def _put(a: Array, rows: Array, values: Array) -> None:
-    a[rows] = values
 
 
 def _execute(calls: Sequence[_Call], t: Array, t_new: int) -> None:
@@ -171,9 +165,11 @@ class Stepper:
         self._t = t
         self._writes = writes
 
-    def prepare(self, rules: Sequence[Rule]) -> None:
+    def prepare(self, rules: Sequence[Rule], by_row: bool) -> None:
+        """by_row: for `step_rows`."""
         for part, rule in zip(self._parts, rules, strict=True):
-            _scratch(kernel(rule)[1] + 2 + len(rule.states), part.dtype)
+            used = kernel(rule)[1] + 2 + len(rule.states)
+            _scratch(used + (3 + len(rule.states)) * by_row, part.dtype)
 
     def step(
         self, t: int, rules: Sequence[Rule], coefficients: Sequence[Sequence[float]], gradients: Sequence[Gradients]
@@ -207,6 +203,7 @@ class Stepper:
                 else:
                     self._writes.refuse(moved.name, g := moved.values())
                     calls += _row_calls(rule, moved, p, g, states)
+                    calls.append(moved.commit())
         _execute(calls, self._t, t)
 
     def _checked(self, given: Loose) -> list[Array]:
