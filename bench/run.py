@@ -141,7 +141,7 @@ def _device(on_gpu: bool, environment: dict[str, Any]) -> str:
 def _measure(args: argparse.Namespace, todo: list[Case], backends: list[str], report: Report) -> bool:
     """Fill the report; whether the time was up before the end."""
     on_gpu = report.on == "cuda"
-    rounds, budget_s = (7, 1.2) if args.quick else (25, 15.0)
+    rounds, budget_s = (7, 1.2) if args.quick else (75, 15.0)
     deadline = time.perf_counter() + (args.timeout or float("inf"))
     gpu_race: Any = import_module(".race_gpu", __package__) if on_gpu else None
     clock = gpu_race.Gpu() if on_gpu else None

@@ -11,36 +11,16 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from conftest import require
+from sparse_cases import CLASSES, draw, everything, summed
 from watch import misaligned
 
 import fused_adam
 from fused_adam import SparseGrad
 from fused_adam.backends import load
 
-CLASSES = [
-    (fused_adam.SGD, {}),
-    (fused_adam.SGD, {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1}),
-    (fused_adam.Adagrad, {"initial_accumulator_value": 0.5, "lr_decay": 0.1}),
-    (fused_adam.RMSprop, {"momentum": 0.9, "centered": True, "maximize": True}),
-    (fused_adam.Adam, {"amsgrad": True, "weight_decay": 0.1}),
-    (fused_adam.AdamW, {"maximize": True}),
-    (fused_adam.Lion, {"weight_decay": 0.1}),
-]
 # Rows of one element, of a vector and a bit, of more than a chunk of NumPy (2**15) and of Numba (2**16); and so many
 # rows that chunks end among them and threads take part (from 2**18 elements on).
 SHAPES = [(1,), (50,), (40, 3), (30, 2, 5), (9, 4, 3, 2), (3, 2**15 + 1), (4, 2**16 + 3), (2**17 + 5,), (5000, 59)]
-
-
-def draw(rng, shape, dtype):
-    return rng.standard_normal(shape).astype(dtype)
-
-
-def summed(shape, indices, values, dtype):
-    """A dense gradient: duplicates added one after the other, as they come."""
-    dense = np.zeros(shape, dtype)
-    for row, value in zip(indices, values, strict=True):
-        dense[row] += value
-    return dense
 
 
 def picks(rng, rows):
@@ -51,12 +31,6 @@ def picks(rng, rows):
     yield rng.integers(0, rows, min(rows, 300))
     yield np.sort(rng.permutation(rows)[: max(1, rows // 10)]).astype(np.uint16 if rows < 2**16 else np.int64)
     yield np.full(3, rows - 1, np.int32)
-
-
-def everything(opt):
-    """The bytes of parameters and states, and t."""
-    params = [p.tobytes() for part in opt._parts for p in part.given]
-    return params, pickle.dumps(opt.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -102,44 +76,6 @@ def test_lazy_steps_the_given_rows_alone(cls, hyper, dtype, backend):
             assert pickle.dumps(ours.state_dict()) == pickle.dumps({**before, "t": before["t"] + 1}), (shape, indices)
 
 
-@pytest.mark.parametrize(("cls", "hyper"), CLASSES)
-def test_rows_with_steps_of_their_own(cls, hyper, backend):
-    """Each row goes through what a dense optimizer of that row does that saw its gradients only, whichever way they
-    come.
-    """
-    rng = np.random.default_rng(2)
-    for shape in ((7,), (6, 3), (5, 2, 2)):
-        p = draw(rng, shape, np.float32)
-        rows = [p[k : k + 1].copy() for k in range(len(p))]
-        ours = cls(p, **hyper, backend=backend, per_row_step=True)
-        alone = [cls(row, **hyper, backend="numpy") for row in rows]
-        for t in range(24):
-            g = draw(rng, shape, np.float32)
-            seen = np.flatnonzero(rng.random(len(p)) < 0.4)
-            if t % 4 == 0:
-                ours.step(SparseGrad(seen, g[seen], lazy=True))
-            elif t % 4 == 1:
-                mask = np.zeros(len(p), bool)
-                mask[seen] = True
-                ours.step(g, mask=mask)
-            elif t % 4 == 2:
-                ours.step(g)
-                seen = np.arange(len(p))
-            else:  # the others move with a gradient of 0
-                ours.step(SparseGrad(seen, g[seen]))
-                g = summed(shape, seen, g[seen], np.float32)
-                seen = np.arange(len(p))
-            for k in seen:
-                alone[k].step(g[k : k + 1])
-        assert np.concatenate(rows).tobytes() == p.tobytes()
-        saved = ours.state_dict()
-        assert saved["state"][0]["row_steps"].tolist() == [opt.t for opt in alone]
-        assert len({opt.t for opt in alone}) > 2
-        for name in alone[0].state_dict()["state"][0]:
-            expected = np.concatenate([opt.state_dict()["state"][0][name] for opt in alone])
-            assert saved["state"][0][name].tobytes() == expected.tobytes()
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize("serial_below", [0, 2**62])
 def test_threads(serial_below, threads, monkeypatch):
@@ -169,39 +105,6 @@ def test_threads(serial_below, threads, monkeypatch):
     assert bool(ran_serial) == (serial_below > 0 or threads == 1), "not the loop that this row is about"
 
 
-def test_groups_and_changed_hyperparameters_with_steps_of_rows(backend):
-    rng = np.random.default_rng(10)
-    a, b = draw(rng, (4, 3), np.float32), draw(rng, (5,), np.float32)
-    alone = [a.copy(), b.copy()]
-    groups = [{"params": a, "lr": 0.1}, {"params": b, "betas": (0.5, 0.9)}]
-    opt = fused_adam.Adam(groups, backend=backend, per_row_step=True)
-    plain = [
-        fused_adam.Adam(alone[0], lr=0.1, backend="numpy"),
-        fused_adam.Adam(alone[1], betas=(0.5, 0.9), backend="numpy"),
-    ]
-    for t in range(6):
-        opt.param_groups[1]["lr"] = plain[1].param_groups[0]["lr"] = 0.01 * (t + 1)
-        opt.param_groups[0]["eps"] = plain[0].param_groups[0]["eps"] = 1e-3 / (t + 1)
-        grads = draw(rng, a.shape, np.float32), draw(rng, b.shape, np.float32)
-        opt.step(grads)
-        for one, g in zip(plain, grads, strict=True):
-            one.step(g)
-    assert a.tobytes() == alone[0].tobytes() and b.tobytes() == alone[1].tobytes()
-
-
-def test_the_coefficients_of_a_rows_own_step_are_checked(backend):
-    """Those of t = 2 are too large for float32, those of t = 1 are not."""
-    p = np.ones((3, 2), np.float32)
-    opt = fused_adam.Adam(p, lr=8.5e39, betas=(0.0, 0.999), backend=backend, per_row_step=True)
-    g = np.full((1, 2), 1e-30, np.float32)
-    opt.step(SparseGrad([0], g, lazy=True))
-    opt.step(SparseGrad([1], g, lazy=True))
-    before = everything(opt)
-    with pytest.raises(ValueError, match="coefficient step is"):
-        opt.step(SparseGrad([1, 2], np.repeat(g, 2, 0), lazy=True))
-    assert everything(opt) == before and opt.t == 2
-
-
 def test_masks_that_are_made_when_asked_for(backend):
     """Such as those of an open npz file: each is gone before the next one comes, which may then get its id."""
     masks = {name: np.arange(8) == k for k, name in enumerate("abcdef")}
@@ -212,16 +115,6 @@ def test_masks_that_are_made_when_asked_for(backend):
     fused_adam.Adam(params, backend=backend).step({k: np.ones_like(p) for k, p in params.items()}, mask=np.load(file))
     for name, p in params.items():
         assert np.array_equal((p != 1).all(axis=1), masks[name])
-
-
-def test_prepared_it_compiles_nothing_in_its_first_step(monkeypatch):
-    require("numba")
-    opt = fused_adam.Adam(np.ones((2**16, 5), np.float32), backend="numba", per_row_step=True)
-    opt.prepare()
-    loops = importlib.import_module("fused_adam.backends._numba_rows").LOOPS
-    assert loops.compiled
-    monkeypatch.setattr(type(loops), "compile", None)
-    opt.step(SparseGrad([1], np.ones((1, 5), np.float32)))
 
 
 def test_a_subclass_is_a_sparse_gradient_too(backend):
@@ -314,129 +207,6 @@ def test_any_place_in_memory(backend):
     fused_adam.Adam(plain, backend="numpy").step(SparseGrad(rows, values.copy(), lazy=True))
     fused_adam.Adam(odd, backend=backend).step(SparseGrad(rows, misaligned(values, 1), lazy=True))
     assert odd.tobytes() == plain.tobytes()
-
-
-def test_a_saved_run_continues_to_the_bit(backend):
-    rng = np.random.default_rng(8)
-    p = draw(rng, (20, 3), np.float32)
-    opt = fused_adam.Adam(p, backend=backend, per_row_step=True)
-    gradients = [SparseGrad(rng.integers(0, 20, 6), draw(rng, (6, 3), np.float32), lazy=True) for _ in range(6)]
-    for g in gradients[:3]:
-        opt.step(g)
-    copy = pickle.loads(pickle.dumps(opt))
-    q = copy.param_groups[0]["params"]
-    loaded = fused_adam.Adam(p.copy(), backend=backend, per_row_step=True)
-    loaded.load_state_dict(opt.state_dict())
-    for g in gradients[3:]:
-        for x in (opt, copy, loaded):
-            x.step(g)
-    assert p.tobytes() == q.tobytes() == loaded.param_groups[0]["params"].tobytes()
-    assert pickle.dumps(opt.state_dict()) == pickle.dumps(copy.state_dict()) == pickle.dumps(loaded.state_dict())
-
-    opt.state_dict()["state"][0]["row_steps"][...] = 99  # a copy
-    steps = opt.state_dict()["state"][0]["row_steps"]
-    for wrong in (steps[:-1], steps.astype(np.int32), steps - 5, steps + 7):
-        state = opt.state_dict()
-        state["state"][0]["row_steps"] = wrong
-        with pytest.raises(ValueError, match="row_steps"):
-            loaded.load_state_dict(state)
-    with pytest.raises(ValueError, match="keys"):
-        fused_adam.Adam(p.copy(), backend=backend).load_state_dict(opt.state_dict())
-    assert pickle.dumps(loaded.state_dict()) == pickle.dumps(opt.state_dict())
-
-
-V = np.ones((2, 3), np.float32)
-WRONG = [
-    (SparseGrad([0, 10], V), ValueError, r"grads.indices\[1\] is 10 but the parameter has 10 rows"),
-    (SparseGrad([-1, 1], V), ValueError, r"grads.indices\[0\] is -1"),
-    (SparseGrad(np.array([0, 2**63 + 1], np.uint64), V), ValueError, r"grads.indices\[1\] is 9223372036854775809"),
-    (SparseGrad([0.0, 1.0], V), TypeError, "grads.indices should be integers, got a list"),
-    (SparseGrad(np.array([True, False]), V), TypeError, "for a mask pass"),
-    (SparseGrad(np.ma.array([0, 100], mask=[False, True]), V), TypeError, "grads.indices should not be a masked array"),
-    (SparseGrad([[0, 1]], V), ValueError, r"grads.indices should be 1-D, got shape \(1, 2\)"),
-    (SparseGrad([0], V), ValueError, r"grads.values has shape \(2, 3\).*ask for \(1, 3\)"),
-    (SparseGrad([0, 1, 1], V), ValueError, r"grads.values has shape \(2, 3\).*ask for \(3, 3\)"),
-    (SparseGrad([0, 1], V[:, :2]), ValueError, r"grads.values has shape \(2, 2\)"),
-    (SparseGrad([0, 1], V.astype(np.float64)), ValueError, "grads.values has dtype float64 but the parameter"),
-    (SparseGrad([0, 1], V.tolist()), TypeError, "grads.values should be a NumPy array"),
-    (SparseGrad([0, 1], V, lazy=1), TypeError, "grads.lazy should be True or False"),
-]
-
-
-@pytest.mark.parametrize(("g", "error", "said"), WRONG)
-def test_bad_input_is_refused_before_anything_is_written(g, error, said, backend):
-    opt = fused_adam.Adam(np.ones((10, 3), np.float32), backend=backend)
-    opt.step(np.ones((10, 3), np.float32))
-    before = everything(opt)
-    with pytest.raises(error, match=said):
-        opt.step(g)
-    assert everything(opt) == before
-
-
-MASKS = [
-    (np.ones(9, bool), ValueError, "mask has 9 entries but the parameter of grads has 10 rows"),
-    (np.ones(10, np.int8), TypeError, "mask should be an array of booleans, got a NumPy array of int8"),
-    (np.ones((10, 3), bool), ValueError, r"mask should be 1-D, a boolean for each row, got shape \(10, 3\)"),
-    (np.ma.array(np.ones(10, bool), mask=True), TypeError, "mask should not be a masked array"),
-    ([np.ones(10, bool)], ValueError, "mask should be one array like the parameter, got a list"),
-]
-
-
-@pytest.mark.parametrize(("mask", "error", "said"), MASKS)
-def test_bad_masks(mask, error, said, backend):
-    opt = fused_adam.Adam(np.ones((10, 3), np.float32), backend=backend)
-    before = everything(opt)
-    with pytest.raises(error, match=said):
-        opt.step(np.ones((10, 3), np.float32), mask=mask)
-    assert everything(opt) == before
-
-
-def test_what_has_no_rows_or_overlaps(backend):
-    ones = np.ones((4, 2), np.float32)
-    with pytest.raises(ValueError, match=r"parameter has shape \(\)"):
-        fused_adam.Adam(np.ones((), np.float32), backend=backend).step(SparseGrad([], np.ones(0, np.float32)))
-    with pytest.raises(ValueError, match="in Fortran order"):
-        fused_adam.Adam(np.asfortranarray(ones), backend=backend).step(ones, mask=np.ones(4, bool))
-    with pytest.raises(ValueError, match="in Fortran order"):
-        fused_adam.Adam(np.asfortranarray(ones), backend=backend, per_row_step=True)
-    p = ones.copy()
-    with pytest.raises(ValueError, match="grads overlaps a parameter"):
-        fused_adam.Adam(p, backend=backend).step(SparseGrad([0, 1], p[:2]))
-    with pytest.raises(ValueError, match="SparseGrad and mask is given too"):
-        fused_adam.Adam(p, backend=backend).step(SparseGrad([0], p[:1] * 2), mask=np.ones(4, bool))
-    with pytest.raises(TypeError, match="per_row_step should be True or False"):
-        fused_adam.Adam(p, backend=backend, per_row_step=1)
-    two = fused_adam.Adam([{"params": p.copy()}, {"params": p.copy()}], backend=backend)
-    with pytest.raises(ValueError, match="one entry for each of the 2 groups"):
-        two.step([ones, ones], mask=[np.ones(4, bool)])
-    assert np.array_equal(p, ones)
-
-
-def test_nothing_moves_but_t(backend):
-    for shape in ((0, 3), (5, 0), (5, 3)):
-        p = np.ones(shape, np.float32)
-        for per_row_step in (False, True):
-            opt = fused_adam.Adam(p, backend=backend, per_row_step=per_row_step)
-            opt.step(SparseGrad([], np.zeros((0, *shape[1:]), np.float32), lazy=True))
-            opt.step(np.ones(shape, np.float32), mask=np.zeros(shape[0], bool))
-            assert opt.t == 2 and np.array_equal(p, np.ones(shape, np.float32))
-            assert not any(a.any() for a in opt.state_dict()["state"][0].values())
-
-
-def test_rows_of_no_elements(backend):
-    opt = fused_adam.Adam(np.ones((5, 0), np.float32), backend=backend, per_row_step=True)
-    for lazy in (False, True):
-        opt.step(SparseGrad([1, 1, 0], np.zeros((3, 0), np.float32), lazy))
-    assert opt.state_dict()["state"][0]["row_steps"].tolist() == [2, 2, 1, 1, 1]
-
-
-def test_a_scalar_is_one_row_with_a_step_of_its_own(backend):
-    p, q = np.ones((), np.float32), np.ones((), np.float32)
-    opt, plain = fused_adam.Adam(p, backend=backend, per_row_step=True), fused_adam.Adam(q, backend=backend)
-    for g in (np.float32(1), np.float32(-2)):
-        opt.step(g)
-        plain.step(g)
-    assert p == q != 1
 
 
 @hypothesis.given(st.data())

@@ -148,21 +148,9 @@ class Moves:
         lines = np.array(moved.coefficients, np.float64)
         turn = max(1, min(_MOST_PIECES, CHUNK // max(w, 1)))
         arrays = [moved.rows, source, moved.variant, lines, moved.steps, moved.row_steps, zeros, g, *row]
-        rows, source_, variant, lines_, steps, row_steps, *rest = (0 if a is None else address(a) for a in arrays)
-        about = [
-            moved.moving,
-            w,
-            g.itemsize,
-            moved.every,
-            turn,
-            kernel,
-            len(moved.rows),
-            rows,
-            source_,
-            variant,
-            lines_,
-        ]
-        self._moves.append([*about, lines.shape[-1], steps, row_steps, *rest])
+        numbers = [moved.moving, w, g.itemsize, moved.every, turn, kernel, len(moved.rows)]
+        addresses = [0 if a is None else address(a) for a in arrays]
+        self._moves.append([*numbers, *addresses[:4], lines.shape[-1], *addresses[4:]])
         self._alive += [a for a in arrays if a is not None]
         self.n += moved.moving * w if size else 0
 
