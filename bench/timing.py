@@ -19,6 +19,8 @@ SETTLE_S = 0.008
 BUSY = 0.02
 # After this many samples refused for each one wanted, the machine will not get any quieter.
 PATIENCE = 4
+# A call of so many times the length of a sample needs no warming up: another sample tells more.
+LONG = 10
 
 
 @dataclass
@@ -79,13 +81,13 @@ def _batch(call: Call, seconds: float) -> int:
     return max(1, round(calls * seconds / elapsed))
 
 
-def _sample(call: Call, batch: int, seconds: float, flush: Call | None) -> tuple[float, bool]:
+def _sample(call: Call, batch: int, seconds: float, flush: Call | None, warm: bool) -> tuple[float, bool]:
     """Seconds per call over about `seconds`, and whether our threads had to wait for a core meanwhile."""
     time.sleep(SETTLE_S)
-    if flush is None:
-        _timed(call, math.ceil(batch / 2))  # brings the candidate's data and threads back
-    else:
+    if flush is not None:
         flush()
+    elif warm:
+        _timed(call, math.ceil(batch / 2))  # brings the candidate's data and threads back
     before = waited()
     elapsed, calls = 0.0, 0
     while elapsed < seconds:
@@ -136,10 +138,11 @@ def measure(
         here = (candidates, *elsewhere)[done % (1 + len(elsewhere))]
         for name in order:
             timing = timings[name]
-            sample, disturbed = _sample(here[name], timing.batch, sample_s, flush)
+            warm = not timing.samples or timing.samples[-1] < LONG * sample_s
+            sample, disturbed = _sample(here[name], timing.batch, sample_s, flush, warm)
             while quiet and disturbed and timing.refused < PATIENCE * rounds and time.perf_counter() < deadline:
                 timing.refused += 1
-                sample, disturbed = _sample(here[name], timing.batch, sample_s, flush)
+                sample, disturbed = _sample(here[name], timing.batch, sample_s, flush, warm)
             timing.samples.append(sample)
             timing.disturbed += disturbed
         after_round(done + 1)
