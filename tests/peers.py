@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -134,8 +135,8 @@ class Mlx:
         return self.optimizer.state
 
 
-class Reference:
-    """From the libraries' sources, with the operations in their order. Subclasses have `update` and `state`."""
+class Reference(ABC):
+    """What the libraries' sources say, with the operations in their order. Subclasses have `update` and `state`."""
 
     def __init__(self, name: str, tree: Any, hyper: Hyper) -> None:
         self.h = DEFAULTS | hyper
@@ -157,8 +158,9 @@ class Reference:
     def gradient(self, p: Any, g: Any) -> Any:
         return g if self.decoupled else g + self.h["weight_decay"] * p
 
+    @abstractmethod
     def update(self, p: Any, m: Any, v: Any, q1: float, q2: float, lr: float) -> Any:
-        raise NotImplementedError
+        """The new parameter. q1, q2: 1 - beta1**t and 1 - beta2**t."""
 
     def params(self) -> list[Any]:
         return [np.array(p) for p in self._params]
