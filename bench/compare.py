@@ -31,6 +31,8 @@ BUSY = 1 / 2
 # A yardstick that itself changed by more was measured on a machine in another state: what has more threads, or
 # needs more of the memory, suffers more from that.
 SHIFTED = 1.25
+# Two medians whose intervals of this confidence just touch differ with a confidence of 95 %.
+APART = 0.84
 FEWEST = 5  # of fewer samples the smallest and the largest are too often on the same side of the median
 
 
@@ -149,7 +151,7 @@ def _change(base: Row, new: Row, others: Sequence[_Pair], most: float) -> Change
     if yardsticks and not steady:
         why = why or _doubt(*yardsticks[0], shifted=True)
 
-    (least_before, most_before), (least_after, most_after) = stats.interval(before), stats.interval(after)
+    (least_before, most_before), (least_after, most_after) = (stats.interval(x, APART) for x in (before, after))
     beside = [_median_ratio(base, new, pair) for pair in used]
     seconds = new.median / base.median
     verdict = SAME

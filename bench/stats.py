@@ -20,14 +20,14 @@ def _medians(samples: Sequence[float], seed: int = 0) -> Vector:
     return np.asarray(np.median(x[drawn], axis=1))
 
 
-def _middle(medians: Vector) -> tuple[float, float]:
-    low, high = np.quantile(medians, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _middle(medians: Vector, level: float = LEVEL) -> tuple[float, float]:
+    low, high = np.quantile(medians, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def interval(samples: Sequence[float]) -> tuple[float, float]:
-    """The bootstrap interval of the median, with a confidence of LEVEL."""
-    return _middle(_medians(samples))
+def interval(samples: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
+    """The bootstrap interval of the median, with a confidence of `level`."""
+    return _middle(_medians(samples), level)
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, float, float]:
