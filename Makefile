@@ -47,7 +47,7 @@ kernels: $(VENV)/.dev ## print kernels/rules.cuh anew
 	$(CODEGEN)
 
 bench: $(VENV)/.test ## time a step against PyTorch, textbook NumPy and the memory roof; draw it
-	$(BIN)/fused-adam bench run --sizes 2^10,2^12,2^14,2^16,2^18,2^20,2^22,2^24,2^25 --timeout 100 \
+	$(BIN)/fused-adam bench run --sizes 2^10,2^12,2^14,2^16,2^18,2^20,2^22,2^24,2^25 --timeout 60 \
 		--json fused_adam_bench.json --plot fused_adam_bench.png
 
 bench-guard: $(VENV)/.test ## check the speed targets with a margin, on a busy machine too

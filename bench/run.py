@@ -154,7 +154,8 @@ def _measure(args: argparse.Namespace, todo: list[Case], backends: list[str], re
             mine = [c for backend in backends for c in cases.candidates(backend, case.tensors, on_gpu)]
             peers = [PEERS[name] for name in args.peers]
             field: list[Candidate] = [*mine, *peers, cases.GPU_ROOF if on_gpu else cases.ROOF]
-            method = Method(rounds, budget_s, deadline, args.check, watch(k, rounds))
+            share = (deadline - time.perf_counter()) / (len(todo) - k)  # so that the last ones are measured too
+            method = Method(rounds, min(budget_s, share), deadline, args.check, watch(k, rounds))
             if on_gpu:
                 gpu_race.race(clock, case, field, method, report.rows)
             else:
