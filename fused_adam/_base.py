@@ -259,7 +259,10 @@ class Optimizer(ABC):
 
             each = zip(part.names, given.arrays, mine, part.parameters, part.row_steps, strict=True)
             gathers.append([gather(name, g, mask, p, t, steps, at) for name, g, mask, p, steps in each])
-        self._stepper.step_rows(t, rules, coefficients, loose, gathers, *options)
+        if any(moved is not None for some in gathers for moved in some):
+            self._stepper.step_rows(t, rules, coefficients, loose, gathers, *options)
+        else:  # a mask of nothing but None
+            self._stepper.step(t, rules, coefficients, gradients, *options)
 
     def _coefficients_at(self, t: int, part: Part, rule: Rule) -> list[float]:
         update = self._update(self._recheck(part.group, self.param_groups[part.group]), t)

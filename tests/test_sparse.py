@@ -162,6 +162,13 @@ def test_masks_in_the_structure_of_the_parameters(backend):
         params = {"W": start, "b": params["b"]}
 
 
+def test_a_mask_of_none_is_no_mask(backend):
+    p, q = np.ones((4, 2), np.float32), np.ones((4, 2), np.float32)
+    fused_adam.Adam([p], backend=backend).step([p * 2], mask=[None])
+    fused_adam.Adam([q], backend=backend).step([q * 2])
+    assert p.tobytes() == q.tobytes() and (p != 1).all()
+
+
 def test_groups_with_masks_and_sparse_gradients(backend):
     rng = np.random.default_rng(5)
     a, b, c = (draw(rng, s, d) for s, d in (((8, 2), np.float32), ((8,), np.float64), ((3, 2), np.float32)))
