@@ -3,6 +3,10 @@
 The whole machine may have been slower in one of the runs. A candidate's times are therefore taken in units of the
 roof's of its case and of a peer's: their rounds are interleaved, so what slows both cancels. No yardstick suffers from
 a busy machine exactly as the candidate does, so a change counts only if both show it, and the seconds at least half.
+
+From one run to the next a case changes by more than its own samples tell: where the machine put its memory, what a
+neighbour does to the cache. Many cases together hardly do (`bench.rates` measures it), so what they say decides at the
+threshold that was asked for, and a case by itself at twice that.
 """
 
 from __future__ import annotations
@@ -31,8 +35,9 @@ BUSY = 1 / 2
 # A yardstick that itself changed by more was measured on a machine in another state: what has more threads, or
 # needs more of the memory, suffers more from that.
 SHIFTED = 1.25
-# Two medians whose intervals of this confidence just touch differ with a confidence of 95 %.
-APART = 0.84
+# Confidence of the intervals that must not touch.
+APART = 0.95
+CASES = 4  # of ours, from which on they are also judged together
 FEWEST = 5  # of fewer samples the smallest and the largest are too often on the same side of the median
 
 
@@ -44,8 +49,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=threshold,
         default=0.05,
         metavar="median:N%",
-        help="a median that grew by more than this, beyond what the confidence intervals allow, is a regression "
-        "(default: median:5%%)",
+        help="a regression is what took longer by more than this: all of ours together, or, beyond what the confidence "
+        "intervals allow, one case alone by twice as much (default: median:5%%)",
     )
     parser.add_argument("--ignore-devices", action="store_true", help="compare runs of different devices all the same")
     parser.add_argument("--json", action="store_true", help="one JSON document")
@@ -84,10 +89,11 @@ def run(args: argparse.Namespace) -> int:
     changes = compare(base, new, args.fail_on)
     if not changes:
         raise CommandError(f"no candidate was timed in both {args.base} and {args.new}", Exit.NOT_COMPARABLE)
+    whole = together(base, new, args.fail_on)
     alone = {"BASE": unmatched(base, new), "NEW": unmatched(new, base)}
-    (_emit if args.json else _print)(changes, alone, args.fail_on)
+    (_emit if args.json else _print)(changes, whole, alone, args.fail_on)
     judged = [c.verdict for c in changes if c.new.kind == "ours"]
-    if SLOWER in judged:
+    if SLOWER in judged or (whole and whole.verdict == SLOWER):
         return Exit.FAILED
     return Exit.NOT_COMPARABLE if judged and set(judged) == {UNCLEAR} else Exit.OK
 
@@ -97,11 +103,50 @@ def place(report: Report) -> str:
     return f"{report.device} ({report.on}{f', {threads} threads' if threads else ''})"
 
 
+@dataclass(frozen=True)
+class Whole:
+    """All of our cases together. ratio: the median of NEW's times over BASE's."""
+
+    cases: int
+    ratio: float
+    verdict: str
+
+
 def compare(base: Report, new: Report, most: float = 0.05) -> list[Change]:
     """A change for each key with samples in both, in NEW's order."""
+    pairs = _pairs(base, new)
+    alone = most if together(base, new, most) is None else 2 * most
+    return [_change(b, n, [] if n.kind == "roof" else _beside(n, pairs), alone) for b, n in pairs]
+
+
+def together(base: Report, new: Report, most: float = 0.05) -> Whole | None:
+    """None where there are too few cases, or there is nothing to compare them with.
+
+    A case's ratio is the median over its yardsticks. The roof, which no library's threads disturb, must show half.
+    """
+    pairs = _pairs(base, new)
+    ratios, roofs = [], []
+    for b, n in pairs:
+        others = _beside(n, pairs)
+        if n.kind == "ours" and others and min(len(b.samples), len(n.samples)) >= FEWEST:
+            ratios.append(statistics.median(_median_ratio(b, n, pair) for pair in others))
+            roofs += [_median_ratio(b, n, pair) for pair in others if pair[1].kind == "roof"]
+    if len(ratios) < CASES:
+        return None
+    ratio = statistics.median(ratios)
+    roof = statistics.median(roofs or ratios)
+    verdict = SAME
+    if ratio > 1 + most and roof > 1 + most / 2:
+        verdict = SLOWER
+    elif ratio < 1 / (1 + most) and roof < 1 / (1 + most / 2):
+        verdict = FASTER
+    return Whole(len(ratios), ratio, verdict)
+
+
+def _pairs(base: Report, new: Report) -> list[_Pair]:
+    """The rows with samples in both, in NEW's order."""
     before = {row.key: row for row in base.rows if row.samples}
-    pairs = [(before[row.key], row) for row in new.rows if row.samples and row.key in before]
-    return [_change(b, n, [] if n.kind == "roof" else _beside(n, pairs), most) for b, n in pairs]
+    return [(before[row.key], row) for row in new.rows if row.samples and row.key in before]
 
 
 def unmatched(some: Report, other: Report) -> list[Row]:
@@ -191,13 +236,15 @@ def _doubt(base: Row, new: Row, shifted: bool = False) -> str:
     return ""
 
 
-def _print(changes: Sequence[Change], alone: dict[str, list[Row]], most: float) -> None:
+def _print(changes: Sequence[Change], whole: Whole | None, alone: dict[str, list[Row]], most: float) -> None:
     seen: dict[str, list[Change]] = {}
     for c in changes:
         seen.setdefault(f"{c.new.rule}, {c.new.dtype}, {extent(c.new)}, {c.new.mode}", []).append(c)
     for title, some in seen.items():
         console.table(title, ["candidate", "BASE", "NEW", "ratio", "interval", "verdict"], [*map(_cells, some)])
-    for line in _notes(changes, alone, most):
+    if whole:
+        print(f"all {whole.cases} cases of ours together: {whole.ratio:.3f} times as long: {whole.verdict}")
+    for line in _notes(changes, alone, most if whole is None else 2 * most):
         print(textwrap.fill(line, console.WIDTH, subsequent_indent="    "))
 
 
@@ -227,7 +274,7 @@ def _notes(changes: Sequence[Change], alone: dict[str, list[Row]], most: float) 
     yield f"slower by more than {most:.2%}: {count} of {len(ours)}".replace(".00%", "%").replace("%", " %")
 
 
-def _emit(changes: Sequence[Change], alone: dict[str, list[Row]], most: float) -> None:
+def _emit(changes: Sequence[Change], whole: Whole | None, alone: dict[str, list[Row]], most: float) -> None:
     def named(row: Row) -> dict[str, Any]:
         names = ("candidate", "kind", "rule", "dtype", "mode", "size", "tensors")
         return {name: getattr(row, name) for name in names}
@@ -235,6 +282,7 @@ def _emit(changes: Sequence[Change], alone: dict[str, list[Row]], most: float) -
     console.emit_json(
         {
             "fail_on": most,
+            "together": whole and asdict(whole),
             "changes": [
                 named(c.new)
                 | {"base_s": c.base.median, "new_s": c.new.median}

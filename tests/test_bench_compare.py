@@ -64,7 +64,10 @@ def noisy_run(seed, slowed=1.0, rounds=25):
 
 
 def verdicts(base, new):
-    return {c.verdict for c in compare.compare(base, new) if c.new.kind == "ours"}
+    return {
+        compare.together(base, new).verdict,
+        *(c.verdict for c in compare.compare(base, new) if c.new.kind == "ours"),
+    }
 
 
 PAIRS = 60
@@ -146,6 +149,35 @@ def test_intervals_hold_the_median_as_often_as_they_say():
     assert 180 <= held <= 199
     assert stats.interval([3.0]) == (3.0, 3.0)
     assert stats.interval([1, 2, 3, 4]) == stats.interval([1, 2, 3, 4])
+
+
+def test_many_cases_are_judged_together_and_one_alone_at_twice_the_threshold():
+    def run(factors, seed):
+        rows = [row("memory roof", "roof", steady(seed=seed), n) for n in range(6)]
+        rows += [row("ours", "ours", steady(1e-3 * x, seed=seed + 9), n) for n, x in enumerate(factors)]
+        return report(rows)
+
+    base = run([1] * 6, 1)
+    for factors, whole, alone in [
+        ([1] * 6, compare.SAME, 0),
+        ([1.07] * 6, compare.SLOWER, 0),
+        ([1 / 1.07] * 6, compare.FASTER, 0),
+        ([1.07, 1.07, 1, 1, 1, 1], compare.SAME, 0),
+        ([1.2, 1, 1, 1, 1, 1], compare.SAME, 1),
+    ]:
+        new = run(factors, 2)
+        found = compare.together(base, new)
+        assert (found.cases, found.verdict) == (6, whole)
+        assert sum(c.verdict == compare.SLOWER for c in compare.compare(base, new)) == alone
+    assert compare.together(*pair(1.2)) is None
+
+
+def test_the_command_says_what_all_cases_together_say(capsys, files):
+    base, new = noisy_run(0), noisy_run(1, slowed=1.2)
+    status, out, _ = files(capsys, base, new)
+    assert status == 1 and "all 4 cases of ours together: 1." in out and max(map(len, out.splitlines())) <= 80
+    found = json.loads(files(capsys, base, new, "--json")[1])["together"]
+    assert found["cases"] == 4 and found["verdict"] == compare.SLOWER
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
