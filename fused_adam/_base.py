@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from operator import is_
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fused_adam import _checks, _memory, _state_dict
 from fused_adam._arrays import AnyArray
-from fused_adam._codegen import Rule
+from fused_adam._codegen import Rule, behind
 from fused_adam._cuda_arrays import never_moves
+from fused_adam._guard import Guard, Settings, Stats
 from fused_adam._layout import FlatBuffer, leaves, match, rebuild
+from fused_adam._norm import unscaling
 from fused_adam._part import Part
 from fused_adam._sparse import Gather, Mask, SparseGrad, gather, row_masks
-from fused_adam.backends import LIBRARY, Gradients, Loose, check_name, choose, load
-
-
-class Update(NamedTuple):
-    """What a group's hyperparameters ask for at one step."""
-
-    rule: Rule
-    coefficients: Mapping[str, float]
+from fused_adam._update import Update
+from fused_adam.backends import LIBRARY, ON_GPU, DeferredInterrupt, Gradients, Loose, check_name, choose, load
 
 
 class Optimizer(ABC):
@@ -35,16 +32,27 @@ class Optimizer(ABC):
         backend: the name of the backend that runs the step.
         t: the number of steps done.
         per_row_step: whether each row of a parameter, along its first axis, has a t of its own.
+        settings: what happens to gradients on their way.
     """
 
     param_groups: list[dict[str, Any]]
     backend: str
     per_row_step: bool
+    settings: Settings
     # Hyperparameters that older state dicts lack, and what they then are.
     _later: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
-        self, params: Any, hyperparameters: dict[str, Any], backend: str = "auto", per_row_step: bool = False
+        self,
+        params: Any,
+        hyperparameters: dict[str, Any],
+        backend: str = "auto",
+        per_row_step: bool = False,
+        skip_nonfinite: bool = False,
+        max_grad_norm: float | None = None,
+        zero_grads: bool = False,
+        count_unmoved: bool = False,
+        device_scalars: bool = False,
     ) -> None:
         if _is_groups(params):
             groups = [dict(group) for group in params]
@@ -59,11 +67,20 @@ class Optimizer(ABC):
         self._one_group = not _is_groups(params)
         self._names = tuple(hyperparameters)
         self.per_row_step = _checks.flag("per_row_step", per_row_step)
+        self.settings = Settings(
+            _checks.flag("skip_nonfinite", skip_nonfinite),
+            _checks.max_norm("max_grad_norm", max_grad_norm),
+            _checks.flag("zero_grads", zero_grads),
+            _checks.flag("count_unmoved", count_unmoved),
+            _checks.flag("device_scalars", device_scalars),
+        )
+        if self.per_row_step and self.settings.any:
+            raise ValueError(f"per_row_step does not go with {self.settings.names}; leave one of them out")
         self._set_up(groups, backend)
 
     @abstractmethod
-    def _update(self, group: Mapping[str, Any], t: int) -> Update:
-        """The rule and its coefficients for step t >= 1, from checked hyperparameters."""
+    def _update(self, group: Mapping[str, Any]) -> Update:
+        """The rule and its coefficients, from checked hyperparameters."""
 
     def _initial(self, group: Mapping[str, Any], state: str) -> float:
         """The value a state starts from."""
@@ -76,14 +93,14 @@ class Optimizer(ABC):
                 raise ValueError(f"a group of {type(self).__name__} has no {name!r}; it has {list(group)}")
         return {name: self._check_one(name, group[name]) for name in self._names}
 
-    def _recheck(self, k: int, group: Mapping[str, Any]) -> dict[str, Any]:
-        """`_check` for group k, whose numbers are mostly the very objects that were found right at the last step."""
+    def _updated(self, k: int, group: Mapping[str, Any]) -> Update:
+        """`_update` for group k, whose numbers are mostly the very objects that were found right at the last step."""
         values = [*map(group.get, self._names)]
-        last, checked = self._last_checked.get(k, ((), {}))
-        if not (checked and all(map(is_, values, last))):
-            checked = self._check(group)
-            self._last_checked[k] = (values, checked) if all(map(_is_constant, values)) else ((), {})
-        return checked
+        last, update = self._last_update.get(k, ((), None))
+        if update is None or not all(map(is_, values, last)):
+            update = self._update(self._check(group))
+            self._last_update[k] = (values, update) if all(map(_is_constant, values)) else ((), None)
+        return update
 
     def _check_one(self, name: str, value: Any) -> Any:
         return _checks.HYPERPARAMETERS[name](name, value)
@@ -113,7 +130,9 @@ class Optimizer(ABC):
         memory = _memory.of_library(LIBRARY[self.backend], device)
         for part in self._parts:
             group = checked[part.group]
-            states = [(name, self._initial(group, name)) for name in self._update(group, 1).rule.states]
+            update = self._update(group)
+            update.at(1)  # a rule of the user's may refuse them
+            states = [(name, self._initial(group, name)) for name in update.rule.states]
             _checks.coefficients([(f"initial {name}", x) for name, x in states], part.dtype)
             self._allocate(part, states, memory)
         self.param_groups = groups
@@ -122,10 +141,22 @@ class Optimizer(ABC):
         self._trees = [rebuild(params, lambda leaf: leaf) for params in self._params]
         self._t = np.zeros(1, np.int64)
         self._requested = backend
-        self._last_checked: dict[int, tuple[Sequence[Any], dict[str, Any]]] = {}
+        self._last_update: dict[int, tuple[Sequence[Any], Update | None]] = {}
+        self._skipped = 0
+        self._last_guard: Guard | None = None
         parts = [part.rows() for part in self._parts]
         self._writes = _checks.Extents([a for part in parts for row in part.rows for a in row])
         self._stepper = load(self.backend).Stepper(parts, self._t, self._writes)
+        self._guarded = self.settings.any
+        self._on_device = False
+        if self.backend in ON_GPU and self.settings.on_device:
+            if self.backend != "cupy" and (self.settings.device_scalars or self.settings.counts):
+                name = "device_scalars" if self.settings.device_scalars else "count_unmoved"
+                raise ValueError(f"{name} needs the cupy backend, got {self.backend!r}; leave it out")
+            self._on_device = self.backend == "cupy"
+        if self._on_device:
+            self._stepper.keep(self.settings)
+            self._upload(wait=True)
         logging.getLogger("fused_adam").info("%s runs on the %s backend", type(self).__name__, self.backend)
 
     def _split(
@@ -160,20 +191,61 @@ class Optimizer(ABC):
 
     @property
     def t(self) -> int:
-        return int(self._t[0])
+        return int(self._stepper.control()["t"]) if self._on_device else int(self._t[0])
 
     def prepare(self) -> None:
         """Compile and allocate now what the first step would."""
-        self._stepper.prepare([u.rule for u in self._updates(self.t + 1)], self.per_row_step)
+        self._stepper.prepare(self._rules(self._updates(), 1.0), self.per_row_step, self.settings.wants_norm)
+        if self._on_device:
+            self._upload(wait=True)
 
-    def step(self, grads: Any, *, mask: Any = None, stream: Any = None) -> None:
+    def set_lr(self, lr: float, group: int | None = None, *, stream: Any = None) -> None:
+        """Change the learning rate of a group, or of all.
+
+        As assigning to ``param_groups[...]["lr"]``; but where scalars are kept on a GPU it is also sent there now, in
+        the order of the stream, so that the next replay of a CUDA graph takes it.
+
+        Raises:
+            TypeError, ValueError, IndexError: lr is no number or negative, or there is no such group. Nothing is
+                changed then.
+        """
+        if stream is not None and not self._on_device:
+            raise ValueError("stream is for scalars that are kept on a GPU; leave it out")
+        checked = self._check_one("lr", lr)
+        groups = self.param_groups if group is None else [self.param_groups[group]]
+        if any("lr" not in g for g in groups):
+            raise ValueError(f"{type(self).__name__} has no lr; it has {list(self._names)}")
+        before = [g["lr"] for g in groups]
+        try:
+            for g in groups:
+                g["lr"] = checked
+            if self._on_device:
+                self._upload(stream)
+        except BaseException:
+            for g, old in zip(groups, before, strict=True):
+                g["lr"] = old
+            raise
+
+    def _upload(self, stream: Any = None, wait: bool = False) -> None:
+        updates = self._updates()
+        self._stepper.upload(updates, self._rules(updates, 1.0), stream, wait)
+
+    def step(
+        self, grads: Any, *, grad_scale: Any = 1.0, found_inf: Any = None, mask: Any = None, stream: Any = None
+    ) -> None:
         """Update all parameters and states in place.
 
         Args:
             grads: arrays in the structure of the parameters (with groups: a list with one entry for each), of their
-                shapes and dtypes and where they are, or a FlatBuffer. Never written; must not overlap what the step
-                writes. One for each parameter: to freeze a parameter, leave it out of params (zeros would still decay
-                it). A SparseGrad may stand for any of them.
+                shapes and dtypes and where they are, or a FlatBuffer. Must not overlap what the step writes. One for
+                each parameter: to freeze a parameter, leave it out of params (zeros would still decay it). A SparseGrad
+                may stand for any of them. Never written but with zero_grads, when they are zeroed, in a step that is
+                skipped too; they are then writable and ordered like their parameters, and each has memory of its own.
+            grad_scale: what the loss was multiplied by: gradients are multiplied by 1 / grad_scale, rounded to their
+                dtype, before all else. A number > 0 with an inverse > 0 in that dtype; or an array of one number, of
+                which any other value (0, negative, inf, NaN) skips the step.
+            found_inf: if it is not 0, the step is skipped: p, the states and t stay. A number, or an array of one.
+                Neither goes with a SparseGrad, a mask or per_row_step, and nor do the constructor's options.
             mask: which rows move: a boolean for each row along the first axis. One 1-D array for all parameters, or
                 such arrays in their structure, None where all rows move. The other rows, their states and their
                 gradients are not touched.
@@ -186,7 +258,7 @@ class Optimizer(ABC):
         """
         groups = self._group_gradients(grads)
         gradients = [self._part_gradients(part, groups) for part in self._parts]
-        self._run(gradients, stream, mask)
+        self._run(gradients, stream, mask, grad_scale, found_inf)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> None:
         """The step in TensorFlow's form: (gradient, parameter) pairs in any order, each parameter exactly once.
@@ -219,43 +291,117 @@ class Optimizer(ABC):
         loose = zip(self._parts, gradients, strict=True)
         self._run([Loose(part.names, gs, part.parameters) for part, gs in loose])
 
-    def _run(self, gradients: Sequence[Gradients], stream: Any = None, mask: Any = None) -> None:
+    def _run(
+        self,
+        gradients: Sequence[Gradients],
+        stream: Any = None,
+        mask: Any = None,
+        grad_scale: Any = 1.0,
+        found_inf: Any = None,
+    ) -> None:
         if stream is not None and self._device is None:
             raise ValueError("stream is for parameters on a GPU; these are in host memory")
+        masks = None if mask is None else self._masks(mask)
+        masked = masks is not None and any(one is not None for some in masks for one in some)
+        by_row = masked or self.per_row_step or any(map(_has_rows, gradients))
+        scaled = type(grad_scale) is not float or grad_scale != 1.0
+        guarded = self._guarded or scaled or found_inf is not None
+        if by_row and guarded:
+            asked = self.settings.names or ("grad_scale" if found_inf is None else "found_inf")
+            raise ValueError(f"{asked} does not go with steps over rows (SparseGrad, mask, per_row_step)")
+        if scaled and isinstance(grad_scale, int | float | np.generic):
+            grad_scale = self._check_scale(grad_scale)
+        options = () if stream is None else (stream,)
+        if self._on_device:
+            updates = self._updates()
+            rules = self._rules(updates, grad_scale)
+            self._stepper.step_on_device(updates, rules, gradients, grad_scale, found_inf, *options)
+            return
         t = self.t + 1
         if t > _checks.MAX_STEP:
             raise ValueError("the step count has reached 2**63 - 1")
-        updates = self._updates(t)
-        rules = [u.rule for u in updates]
-        values = [[u.coefficients[n] for n in u.rule.coefficients] for u in updates]
+        updates = self._updates()
+        values = [u.at(t) for u in updates]
         if not self.per_row_step:  # whose rows take others
-            for part, rule, xs in zip(self._parts, rules, values, strict=True):
-                _checks.coefficients(zip(rule.coefficients, xs, strict=True), part.dtype)
-        options = () if stream is None else (stream,)
-        if mask is not None or self.per_row_step or any(map(_has_rows, gradients)):
-            self._run_rows(t, rules, values, gradients, self._masks(mask), options)
+            for part, u, xs in zip(self._parts, updates, values, strict=True):
+                _checks.coefficients(zip(u.rule.coefficients, xs, strict=True), part.dtype)
+        if guarded:
+            self._run_guarded(t, updates, values, gradients, grad_scale, found_inf, options)
+        elif by_row:
+            self._run_rows(t, updates, values, gradients, masks or self._masks(None), options)
         else:
-            self._stepper.step(t, rules, values, gradients, *options)
+            self._stepper.step(t, [u.rule for u in updates], values, gradients, *options)
+
+    def _check_scale(self, grad_scale: Any) -> float:
+        """A number by which gradients of all dtypes can be divided."""
+        scale = _checks.grad_scale(grad_scale)
+        if scale != 1.0 and any(math.isnan(unscaling(scale, part.dtype)) for part in self._parts):
+            raise ValueError(f"grad_scale is {grad_scale}, of which the gradients' dtype has no inverse")
+        return scale
+
+    def _rules(self, updates: Sequence[Update], grad_scale: Any) -> list[Rule]:
+        """Each part's, behind what its gradients pass first; on the device always the same, for replays."""
+        preludes = self.settings.preludes(self._on_device or type(grad_scale) is not float or grad_scale != 1.0)
+        return [behind(u.rule, preludes, self.settings.zeroes, self.settings.counts) for u in updates]
+
+    def _run_guarded(
+        self,
+        t: int,
+        updates: Sequence[Update],
+        values: Sequence[list[float]],
+        gradients: Sequence[Gradients],
+        grad_scale: Any,
+        found_inf: Any,
+        options: tuple[Any, ...],
+    ) -> None:
+        """`_run` of gradients that are unscaled, checked, clipped, counted or zeroed."""
+        rules = self._rules(updates, grad_scale)
+
+        def coefficients(inverse: Mapping[Any, float], clipping: float) -> list[list[float]]:
+            found = []
+            for part, u, xs, rule in zip(self._parts, updates, values, rules, strict=True):
+                known = {"unscaling": inverse[part.dtype], "clipping": clipping}
+                known.update(zip(u.rule.coefficients, xs, strict=True))
+                found.append([known[name] for name in rule.coefficients])
+            return found
+
+        scale, found = _checks.grad_scale(grad_scale), _checks.found_inf(found_inf)
+        guard = Guard(self.settings, scale, found, {part.dtype for part in self._parts}, coefficients)
+        skipped = self._skipped + 1  # here, for once the step is done nothing may fail
+        with DeferredInterrupt():  # one that came with the step would keep what it met from being known
+            self._stepper.step_guarded(t, rules, gradients, guard, *options)
+            if guard.skips:
+                self._skipped = skipped
+            self._last_guard = guard
+
+    def last_stats(self) -> Stats:
+        """What the last step met; see `Stats`. Where scalars are kept on a GPU it waits for the device."""
+        if self._on_device and self._stepper.ran:
+            return self.settings.stats(self._stepper.control())
+        if (last := self._last_guard) is None:
+            return Stats(None, None, self._skipped, None)
+        return Stats(last.norm, last.factor, self._skipped, last.count() if self.settings.counts else None)
 
     def _run_rows(
         self,
         t: int,
-        rules: Sequence[Rule],
+        updates: Sequence[Update],
         coefficients: Sequence[list[float]],
         gradients: Sequence[Gradients],
         masks: Sequence[Sequence[Mask | None]],
         options: tuple[Any, ...],
     ) -> None:
         """`_run` where some rows stay, or have a t of their own."""
+        rules = [u.rule for u in updates]
         loose = [
             given if isinstance(given, Loose) else Loose(part.names, [g for _, g in leaves(given, "")], part.parameters)
             for part, given in zip(self._parts, gradients, strict=True)
         ]
         gathers: list[list[Gather | None]] = []
-        for part, rule, values, given, mine in zip(self._parts, rules, coefficients, loose, masks, strict=True):
+        for part, update, values, given, mine in zip(self._parts, updates, coefficients, loose, masks, strict=True):
 
-            def at(number: int, part: Part = part, rule: Rule = rule, values: list[float] = values) -> list[float]:
-                return self._coefficients_at(number, part, rule) if self.per_row_step else values
+            def at(number: int, part: Part = part, u: Update = update, values: list[float] = values) -> list[float]:
+                return _coefficients_at(number, part, u) if self.per_row_step else values
 
             each = zip(part.names, given.arrays, mine, part.parameters, part.row_steps, strict=True)
             gathers.append([gather(name, g, mask, p, t, steps, at) for name, g, mask, p, steps in each])
@@ -263,12 +409,6 @@ class Optimizer(ABC):
             self._stepper.step_rows(t, rules, coefficients, loose, gathers, *options)
         else:  # a mask of nothing but None
             self._stepper.step(t, rules, coefficients, gradients, *options)
-
-    def _coefficients_at(self, t: int, part: Part, rule: Rule) -> list[float]:
-        update = self._update(self._recheck(part.group, self.param_groups[part.group]), t)
-        values = [update.coefficients[name] for name in rule.coefficients]
-        _checks.coefficients(zip(rule.coefficients, values, strict=True), part.dtype)
-        return values
 
     def _masks(self, mask: Any) -> list[list[Mask | None]]:
         """One for each parameter of each part."""
@@ -278,12 +418,12 @@ class Optimizer(ABC):
                 masks[part][j] = mine
         return masks
 
-    def _updates(self, t: int) -> list[Update]:
+    def _updates(self) -> list[Update]:
         """One for each part. Raises when a changed hyperparameter asks for states that do not exist."""
         if len(self.param_groups) != len(self._params):
             counts = f"{len(self.param_groups)} groups but this optimizer was made with {len(self._params)}"
             raise ValueError(f"param_groups has {counts}; make a new optimizer for that")
-        by_group = [self._update(self._recheck(k, group), t) for k, group in enumerate(self.param_groups)]
+        by_group = [self._updated(k, group) for k, group in enumerate(self.param_groups)]
         updates = [by_group[part.group] for part in self._parts]
         for part, update in zip(self._parts, updates, strict=True):
             if update.rule.states != tuple(part.states):
@@ -352,6 +492,7 @@ class Optimizer(ABC):
             "names": self._names,
             "backend": self._requested,
             "per_row_step": self.per_row_step,
+            "settings": self.settings,
             "state": self.state_dict(),
         }
 
@@ -359,6 +500,7 @@ class Optimizer(ABC):
         self._one_group = saved["one_group"]
         self._names = saved["names"]
         self.per_row_step = saved["per_row_step"]
+        self.settings = saved.get("settings", Settings())
         self._set_up(saved["groups"], saved["backend"])
         self.load_state_dict(saved["state"])
 
@@ -368,6 +510,12 @@ class Optimizer(ABC):
 
 
 _MISSING = object()
+
+
+def _coefficients_at(t: int, part: Part, update: Update) -> list[float]:
+    values = update.at(t)
+    _checks.coefficients(zip(update.rule.coefficients, values, strict=True), part.dtype)
+    return values
 
 
 def _has_rows(given: Gradients) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -71,6 +71,52 @@ def flag(name: str, x: Any) -> bool:
     if not isinstance(x, bool | np.bool_):
         raise TypeError(f"{name} should be True or False, got {x!r}")
     return bool(x)
+
+
+def max_norm(name: str, x: Any) -> float | None:
+    """A number > 0; inf is one that nothing exceeds."""
+    if x is None or (isinstance(x, float | np.floating) and x == math.inf):
+        return None if x is None else math.inf
+    value = real(name, x)
+    if value <= 0:
+        raise ValueError(f"{name} should be above 0, or None for no limit, got {x}")
+    return value
+
+
+def _scalar(name: str, x: Any) -> Any:
+    """A number, or that in an array of one on the host."""
+    if isinstance(x, bool | int | float | np.generic):
+        return x
+    if view(name, x) is not None:
+        needs = "the cupy backend and device_scalars=True (or max_grad_norm or skip_nonfinite)"
+        raise ValueError(f"{name} is on a GPU, which needs {needs}; pass a number")
+    masked = isinstance(x, np.ma.MaskedArray)
+    if not isinstance(x, np.ndarray) or masked or x.size != 1:
+        shape = f" of shape {x.shape}" if isinstance(x, np.ndarray) and not masked else ""
+        raise TypeError(f"{name} should be a number or an array of one, got {kind(x)}{shape}")
+    return x.reshape(())[()]
+
+
+def grad_scale(x: Any) -> float:
+    """What gradients are to be divided by. Arrays may hold anything: the step is skipped if it makes no sense."""
+    if isinstance(x, int | float | np.generic):
+        value = real("grad_scale", x)
+        if not value > 0:
+            raise ValueError(f"grad_scale should be above 0, got {x}")
+        return value
+    held = _scalar("grad_scale", x)
+    if np.asarray(held).dtype.kind not in "fiu":
+        raise TypeError(f"grad_scale should hold a number, got {kind(x)}")
+    return float(held)
+
+
+def found_inf(x: Any) -> bool:
+    if x is None:
+        return False
+    held = np.asarray(_scalar("found_inf", x))
+    if held.dtype.kind not in "fiub":
+        raise TypeError(f"found_inf should hold a number, got {kind(x)}")
+    return bool(held != 0)
 
 
 def step_number(x: Any, least: int = 1, name: str = "step") -> int:
@@ -221,6 +267,36 @@ def gradient(name: str, g: Any, p: AnyArray, stream: int = LEGACY_STREAM) -> Any
     if order(p) == "C":
         return ravel(g if g.flags.c_contiguous else np.ascontiguousarray(g))
     return ravel(g if g.flags.f_contiguous else np.asfortranarray(g))
+
+
+def zeroable(given: Sequence[Any]) -> None:
+    """Gradients that a step is to zero: writable, in the memory order of their parameters, no two sharing memory.
+
+    given: flat buffers, or (names, arrays, parameters, ...) of gradients that are right in all else.
+    """
+    extents: list[tuple[int, int, int]] = []  # start, end and the position of its name
+    called: list[str] = []
+    for some in given:
+        if hasattr(some, "runs"):
+            _writable("the flat buffer of gradients", view("it", some.data) or some.data)
+            nbytes = some.layout.total * some.layout.dtype.itemsize
+            extents.append((some.address, some.address + nbytes, len(called)))
+            called.append("a flat buffer of gradients")
+            continue
+        names, arrays, parameters = some[:3]
+        for name, given_g, p in zip(names, arrays, parameters, strict=True):
+            g = array(name, given_g)
+            _writable(name, g)
+            if not _same_order(g, p):
+                orders = f"{order(g)} order but its parameter in {order(p)} order"
+                raise ValueError(f"{name} is in {orders}; make them alike for zero_grads")
+            if g.size:
+                extents.append((address(g), address(g) + g.nbytes, len(called)))
+                called.append(name)
+    for (_, end, one), (start, _, other) in pairwise(sorted(extents)):
+        if start < end:
+            names = " and ".join(called[k] for k in sorted((one, other)))
+            raise ValueError(f"{names} share memory; zero_grads needs a gradient of its own for each")
 
 
 # --- rows of a parameter ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -59,6 +59,8 @@ class Rule:
     assignments: tuple[Assignment, ...]
     preludes: tuple[Rule, ...] = ()
     base: Rule | None = None  # the rule behind the preludes
+    zeroes: bool = False  # whether the gradient is zeroed in the same pass
+    counts: bool = False  # whether elements of p that a gradient other than 0 leaves as they are are counted
 
     @property
     def parts(self) -> tuple[Rule, ...]:
@@ -168,18 +170,24 @@ def _nodes(expression: ast.expr) -> Iterator[ast.expr]:
 @cache
 def bind(name: str, preludes: tuple[str, ...] = ()) -> Rule:
     """A built-in rule behind its preludes: ``bind("adam", ("maximize", "l2"))``."""
-    rule = parse(_rules.RULES[name])
+    return behind(parse(_rules.RULES[name]), preludes)
+
+
+@cache
+def behind(rule: Rule, preludes: tuple[str, ...], zeroes: bool = False, counts: bool = False) -> Rule:
+    """Any rule behind preludes, which run in this order and before those that it has."""
     for prelude in (parse(_rules.PRELUDES[n]) for n in reversed(preludes)):
-        rule = Rule(
+        rule = replace(
+            rule,
             name=f"{prelude.name}_{rule.name}",
-            doc=rule.doc,
-            file=rule.file,
             arguments=rule.arguments + prelude.coefficients,
-            outputs=rule.outputs,
             assignments=prelude.assignments + rule.assignments,
             preludes=(prelude, *rule.preludes),
             base=rule.base or rule,
         )
+    if zeroes or counts:
+        name = f"{'zeroing_' * zeroes}{'counting_' * counts}{rule.name}"
+        rule = replace(rule, name=name, base=rule.base or rule, zeroes=zeroes, counts=counts)
     return rule
 
 
@@ -219,16 +227,22 @@ def rules_header() -> str:
 def numba_source(rule: Rule) -> str:
     """A loop over n elements; row holds the addresses of p, g and the states, c the coefficients as float64.
 
-    A rule's names do not begin with "_", so that __n is state n's array and _n the loop's own.
+    A rule that counts finds behind them that of an int64 for each chunk. A rule's names do not begin with "_", so that
+    __n is state n's array and _n the loop's own.
     """
     arrays = ("p", "g", *rule.states)
     lines = ["def kernel(_row, _lo, _n, _c):"]
     lines += [f"    __{a} = _view(_row[{k}], _lo, _n, _T)" for k, a in enumerate(arrays)]
     lines += [f"    {c} = _T(_c[{k}])" for k, c in enumerate(rule.coefficients)]
+    lines += ["    _unmoved = 0"] * rule.counts
     lines += ["    for _i in range(_n):"]
     lines += [f"        {a} = __{a}[_i]" for a in arrays]
+    lines += ["        _p, _g = p, g"] * rule.counts
     lines += [f"        {a.text}" for a in rule.assignments]
     lines += [f"        __{a}[_i] = {a}" for a in rule.outputs]
+    lines += ["        __g[_i] = _T(0)"] * rule.zeroes
+    lines += ["        _unmoved += (p == _p) & (_g != 0)"] * rule.counts
+    lines += [f"    _view(_row[{len(arrays)}], _lo // _CHUNK, 1, _I64)[0] = _unmoved"] * rule.counts
     return "\n".join(lines) + "\n"
 
 

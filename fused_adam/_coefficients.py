@@ -1,11 +1,12 @@
 """(hyperparameters, t) -> float64 coefficients of a rule, each rounded once to the compute type by the backend.
 
 Only ``+ - * /`` and ``sqrt`` in a fixed order, so that compiled code, on a CPU or a device, computes the same bits.
-Each function returns the coefficients in the order of the rule's arguments.
+Each function but `bias_correction` takes t, then the learning rate, and is in FORMULAS with the names of its results.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 
 
@@ -77,3 +78,27 @@ def momentum(t: int, lr: float, mu: float, dampening: float) -> tuple[float, flo
 def adagrad(t: int, lr: float, lr_decay: float, eps: float) -> tuple[float, float]:
     """lr, eps."""
     return lr / (1.0 + (t - 1) * lr_decay), eps
+
+
+def rmsprop(t: int, lr: float, alpha: float, mu: float, eps: float) -> tuple[float, float, float, float]:
+    """c, mu, lr, eps."""
+    return 1.0 - alpha, mu, lr, eps
+
+
+def lion(t: int, lr: float, beta1: float, beta2: float, weight_decay: float) -> tuple[float, float, float, float]:
+    """c1, c2, lr, decay."""
+    return 1.0 - beta1, 1.0 - beta2, lr, lr * weight_decay
+
+
+Formula = Callable[..., tuple[float, ...]]
+FORMULAS: dict[str, tuple[str, ...]] = {
+    "adamw": ("c1", "c2", "step", "eps", "decay"),
+    "eps_hat": ("c1", "c2", "step", "eps", "decay"),
+    "uncorrected": ("c1", "c2", "step", "eps", "decay"),
+    "adamw_root": ("c1", "c2", "step", "eps", "root", "decay"),
+    "amsgradw_hat": ("c1", "c2", "correction", "step", "eps", "root", "decay"),
+    "momentum": ("mu", "rate", "lr"),
+    "adagrad": ("lr", "eps"),
+    "rmsprop": ("c", "mu", "lr", "eps"),
+    "lion": ("c1", "c2", "lr", "decay"),
+}

@@ -59,6 +59,13 @@ def is_capturing(stream: int) -> bool:
     return known and status.value == 1
 
 
+def zero(address: int, nbytes: int, stream: int) -> None:
+    """Set memory of the current device to 0, in the order of a stream. Raises RuntimeError."""
+    arguments = ctypes.c_uint64(address), ctypes.c_ubyte(0), ctypes.c_size_t(nbytes), ctypes.c_void_p(stream)
+    if status := _libcuda().cuMemsetD8Async(*arguments):
+        raise RuntimeError(f"setting {nbytes} bytes at {address:#x} to 0 failed (CUDA error {status})")
+
+
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 from fused_adam import _checks, _coefficients
-from fused_adam._base import Optimizer, Update
+from fused_adam._base import Optimizer
 from fused_adam._codegen import bind
+from fused_adam._guard import Options
+from fused_adam._update import Update
 from fused_adam.backends import OVERRIDE, check_name, choose, load
 
 
-def _update(rule: str, group: Mapping[str, Any], coefficients: Mapping[str, float], l2: float = 0.0) -> Update:
+def _update(rule: str, group: Mapping[str, Any], formula: str, arguments: tuple[float, ...], l2: float = 0.0) -> Update:
     """A built-in rule behind the preludes that a group asks for; a decay of 0 leaves its term out (0 * inf is NaN)."""
     preludes = (("maximize",) if group["maximize"] else ()) + (("l2",) if l2 else ())
-    return Update(bind(rule, preludes), {**coefficients, "ascent": -1.0, "wd": l2})
+    constants = {"ascent": -1.0, "wd": l2, "zero": 0.0}
+    return Update(
+        bind(rule, preludes), getattr(_coefficients, formula), _coefficients.FORMULAS[formula], arguments, constants
+    )
 
 
 class SGD(Optimizer):
@@ -39,6 +44,15 @@ class SGD(Optimizer):
         backend: "auto", or one of the names in `backends()`.
         per_row_step: each row of a parameter, along its first axis, counts its own steps, so that one which moves
             rarely (see SparseGrad, and mask in `step`) starts like any other.
+        skip_nonfinite: a step of which any gradient is inf or NaN, once it is unscaled, is skipped: p, the states and
+            t stay as they were.
+        max_grad_norm: where the global norm of all gradients, unscaled, exceeds it they are multiplied by
+            max_grad_norm / norm. The norm has the same bits on every backend. Squares are summed in float64: for
+            float64 gradients beyond 1e154 it is inf, and the factor 0, though skip_nonfinite lets these pass.
+        zero_grads: gradients are zeroed in the same pass, and in a step that is skipped.
+        count_unmoved: count what `last_stats` calls unmoved.
+        device_scalars: for parameters on a GPU (CuPy), keep t, the learning rate and all that follows from them there,
+            so that a step can be captured in a CUDA graph and replayed. On the host nothing changes.
 
     Raises:
         TypeError, ValueError: an array or a number is wrong; the message names it.
@@ -56,9 +70,7 @@ class SGD(Optimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         maximize: bool = False,
-        *,
-        backend: str = "auto",
-        per_row_step: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         hyperparameters = {
             "lr": lr,
@@ -68,7 +80,7 @@ class SGD(Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
-        super().__init__(params, hyperparameters, backend, per_row_step)
+        super().__init__(params, hyperparameters, **options)
 
     def _check(self, group: Mapping[str, Any]) -> dict[str, Any]:
         checked = super()._check(group)
@@ -76,10 +88,10 @@ class SGD(Optimizer):
             raise ValueError("nesterov needs momentum > 0 and dampening = 0")
         return checked
 
-    def _update(self, group: Mapping[str, Any], t: int) -> Update:
-        mu, rate, lr = _coefficients.momentum(t, group["lr"], group["momentum"], group["dampening"])
-        rule = "nesterov" if group["nesterov"] else "momentum" if mu else "sgd"
-        return _update(rule, group, {"mu": mu, "rate": rate, "lr": lr}, group["weight_decay"])
+    def _update(self, group: Mapping[str, Any]) -> Update:
+        arguments = group["lr"], group["momentum"], group["dampening"]
+        rule = "nesterov" if group["nesterov"] else "momentum" if group["momentum"] else "sgd"
+        return _update(rule, group, "momentum", arguments, group["weight_decay"])
 
 
 class Adagrad(Optimizer):
@@ -104,9 +116,7 @@ class Adagrad(Optimizer):
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
         maximize: bool = False,
-        *,
-        backend: str = "auto",
-        per_row_step: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         hyperparameters = {
             "lr": lr,
@@ -116,14 +126,14 @@ class Adagrad(Optimizer):
             "eps": eps,
             "maximize": maximize,
         }
-        super().__init__(params, hyperparameters, backend, per_row_step)
+        super().__init__(params, hyperparameters, **options)
 
     def _initial(self, group: Mapping[str, Any], state: str) -> float:
         return float(group["initial_accumulator_value"])
 
-    def _update(self, group: Mapping[str, Any], t: int) -> Update:
-        lr, eps = _coefficients.adagrad(t, group["lr"], group["lr_decay"], group["eps"])
-        return _update("adagrad", group, {"lr": lr, "eps": eps}, group["weight_decay"])
+    def _update(self, group: Mapping[str, Any]) -> Update:
+        arguments = group["lr"], group["lr_decay"], group["eps"]
+        return _update("adagrad", group, "adagrad", arguments, group["weight_decay"])
 
 
 class RMSprop(Optimizer):
@@ -151,9 +161,7 @@ class RMSprop(Optimizer):
         momentum: float = 0.0,
         centered: bool = False,
         maximize: bool = False,
-        *,
-        backend: str = "auto",
-        per_row_step: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         hyperparameters = {
             "lr": lr,
@@ -164,13 +172,12 @@ class RMSprop(Optimizer):
             "centered": centered,
             "maximize": maximize,
         }
-        super().__init__(params, hyperparameters, backend, per_row_step)
+        super().__init__(params, hyperparameters, **options)
 
-    def _update(self, group: Mapping[str, Any], t: int) -> Update:
-        mu = group["momentum"]
-        rule = "rmsprop" + ("_centered" if group["centered"] else "") + ("_momentum" if mu else "")
-        coefficients = {"c": 1.0 - group["alpha"], "mu": mu, "lr": group["lr"], "eps": group["eps"], "zero": 0.0}
-        return _update(rule, group, coefficients, group["weight_decay"])
+    def _update(self, group: Mapping[str, Any]) -> Update:
+        arguments = group["lr"], group["alpha"], group["momentum"], group["eps"]
+        rule = "rmsprop" + ("_centered" if group["centered"] else "") + ("_momentum" if group["momentum"] else "")
+        return _update(rule, group, "rmsprop", arguments, group["weight_decay"])
 
 
 class Adam(Optimizer):
@@ -217,8 +224,7 @@ class Adam(Optimizer):
         *,
         numerics: str = "torch",
         eps_root: float = 0.0,
-        backend: str = "auto",
-        per_row_step: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         hyperparameters = {
             "lr": lr,
@@ -230,7 +236,7 @@ class Adam(Optimizer):
             "numerics": numerics,
             "eps_root": eps_root,
         }
-        super().__init__(params, hyperparameters, backend, per_row_step)
+        super().__init__(params, hyperparameters, **options)
 
     def _check(self, group: Mapping[str, Any]) -> dict[str, Any]:
         checked = super()._check(group)
@@ -241,49 +247,31 @@ class Adam(Optimizer):
             raise ValueError(f'eps_root is for numerics="optax", not "{numerics}"; leave it at 0')
         return checked
 
-    def _update(self, group: Mapping[str, Any], t: int) -> Update:
-        return _adam(group, self._decoupled, t)
+    def _update(self, group: Mapping[str, Any]) -> Update:
+        return _adam(group, self._decoupled)
 
 
 _WITH_AMSGRAD = ("torch", "keras", "optax")
 
 
-def _adam(group: Mapping[str, Any], decoupled: bool, t: int) -> Update:
-    if group["numerics"] != "torch":
-        return _foreign(group, decoupled, t)
-    weight_decay = group["weight_decay"]
-    beta1, beta2 = group["betas"]
-    c1, c2, step, eps, decay = _coefficients.adamw(t, group["lr"], beta1, beta2, group["eps"], weight_decay)
-    rule = ("amsgrad" if group["amsgrad"] else "adam") + ("w" if decoupled and weight_decay else "")
-    values = {"c1": c1, "c2": c2, "step": step, "eps": eps, "decay": decay}
-    return _update(rule, group, values, 0.0 if decoupled else weight_decay)
-
-
-def _foreign(group: Mapping[str, Any], decoupled: bool, t: int) -> Update:
-    """`_adam` by the formula of another library."""
+def _adam(group: Mapping[str, Any], decoupled: bool) -> Update:
+    """`Adam` or `AdamW` by the formula of the library that `numerics` names."""
     numerics, amsgrad = group["numerics"], group["amsgrad"]
     weight_decay, eps_root = group["weight_decay"], group["eps_root"]
-    beta1, beta2 = group["betas"]
-    numbers = (t, group["lr"], beta1, beta2, group["eps"], weight_decay)
-    form, root, correction = "", 0.0, 1.0
+    arguments = (group["lr"], *group["betas"], group["eps"], weight_decay)
+    form, formula = "", _FORMULAS.get(numerics, "adamw")
     if numerics == "bitsandbytes":
         decoupled = True
         form = "_after" if weight_decay else ""
-    if numerics == "optax" and amsgrad:
-        form = "_hat"
-        c1, c2, correction, step, eps, root, decay = _coefficients.amsgradw_hat(*numbers, eps_root)
+    elif numerics == "optax" and amsgrad:
+        form, formula, arguments = "_hat", "amsgradw_hat", (*arguments, eps_root)
     elif eps_root:
-        form = "_root"
-        c1, c2, step, eps, root, decay = _coefficients.adamw_root(*numbers, eps_root)
-    elif numerics in ("tf", "keras"):
-        c1, c2, step, eps, decay = _coefficients.eps_hat(*numbers)
-    elif numerics == "mlx":
-        c1, c2, step, eps, decay = _coefficients.uncorrected(*numbers)
-    else:
-        c1, c2, step, eps, decay = _coefficients.adamw(*numbers)
+        form, formula, arguments = "_root", "adamw_root", (*arguments, eps_root)
     rule = ("amsgrad" if amsgrad else "adam") + ("w" if decoupled and weight_decay else "") + form
-    values = {"c1": c1, "c2": c2, "correction": correction, "step": step, "eps": eps, "root": root, "decay": decay}
-    return _update(rule, group, values, 0.0 if decoupled else weight_decay)
+    return _update(rule, group, formula, arguments, 0.0 if decoupled else weight_decay)
+
+
+_FORMULAS = {"tf": "eps_hat", "keras": "eps_hat", "mlx": "uncorrected"}
 
 
 class AdamW(Adam):
@@ -309,8 +297,7 @@ class AdamW(Adam):
         *,
         numerics: str = "torch",
         eps_root: float = 0.0,
-        backend: str = "auto",
-        per_row_step: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -322,8 +309,7 @@ class AdamW(Adam):
             maximize,
             numerics=numerics,
             eps_root=eps_root,
-            backend=backend,
-            per_row_step=per_row_step,
+            **options,
         )
 
 
@@ -347,17 +333,14 @@ class Lion(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         maximize: bool = False,
-        *,
-        backend: str = "auto",
-        per_row_step: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         hyperparameters = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, hyperparameters, backend, per_row_step)
+        super().__init__(params, hyperparameters, **options)
 
-    def _update(self, group: Mapping[str, Any], t: int) -> Update:
-        (beta1, beta2), lr, weight_decay = group["betas"], group["lr"], group["weight_decay"]
-        coefficients = {"c1": 1.0 - beta1, "c2": 1.0 - beta2, "lr": lr, "decay": lr * weight_decay}
-        return _update("lionw" if weight_decay else "lion", group, coefficients)
+    def _update(self, group: Mapping[str, Any]) -> Update:
+        arguments = (group["lr"], *group["betas"], group["weight_decay"])
+        return _update("lionw" if group["weight_decay"] else "lion", group, "lion", arguments)
 
 
 def adam_step(
@@ -431,11 +414,12 @@ def _adam_step(
         "amsgrad": max_v is not None,
         "maximize": _checks.flag("maximize", maximize),
         "numerics": "torch",
+        "eps_root": 0.0,
     }
-    update = _adam(group, _checks.flag("decoupled_weight_decay", decoupled), t)
+    update = _adam(group, _checks.flag("decoupled_weight_decay", decoupled))
     views = _checks.step_arrays(arrays)
     dtype = views[0].dtype
-    values = [update.coefficients[n] for n in update.rule.coefficients]
+    values = update.at(t)
     _checks.coefficients(zip(update.rule.coefficients, values, strict=True), dtype)
     p, g, *states = views
     load(choose(backend, p.size, _checks.device(p))).run(update.rule, values, p, g, states)

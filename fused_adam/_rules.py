@@ -7,6 +7,8 @@ so the text below is what every backend runs. The order of operations is part of
 ``p`` is the parameter and ``g`` its gradient; what a rule returns beside ``p`` are its states; the remaining arguments
 are coefficients, computed by the functions of the same name in `_coefficients`.
 
+Where u has a name of its own, the compiler for CUDA would else not find registers for all of a float64 step.
+
 Moving averages are written ``(m - c1 * m) + c1 * g`` with c1 = 1 - beta1: beta is never rounded apart from 1 - beta, so
 float32 drifts twenty times less than with ``beta1 * m + (1 - beta1) * g``, and beta = 0 is exact.
 """
@@ -113,7 +115,8 @@ def amsgradw(p, g, m, v, max_v, c1, c2, step, eps, decay):
     m = (m - c1 * m) + c1 * g
     v = (v - c2 * v) + (c2 * g) * g
     max_v = maximum(max_v, v)
-    p = p - (decay * p + step * (m / (sqrt(max_v) + eps)))
+    u = m / (sqrt(max_v) + eps)
+    p = p - (decay * p + step * u)
     return p, m, v, max_v
 
 
@@ -129,7 +132,8 @@ def adamw_root(p, g, m, v, c1, c2, step, eps, root, decay):
     """`adam_root` with the decoupled decay of Loshchilov & Hutter 2019."""
     m = (m - c1 * m) + c1 * g
     v = (v - c2 * v) + (c2 * g) * g
-    p = p - (decay * p + step * (m / (sqrt(v + root) + eps)))
+    u = m / (sqrt(v + root) + eps)
+    p = p - (decay * p + step * u)
     return p, m, v
 
 
@@ -156,10 +160,7 @@ def amsgrad_hat(p, g, m, v, max_v, c1, c2, correction, step, eps, root):
 
 
 def amsgradw_hat(p, g, m, v, max_v, c1, c2, correction, step, eps, root, decay):
-    """`amsgrad_hat` with the decoupled decay of Loshchilov & Hutter 2019.
-
-    u has a name because the compiler for CUDA then finds registers for all of it.
-    """
+    """`amsgrad_hat` with the decoupled decay of Loshchilov & Hutter 2019."""
     m = (m - c1 * m) + c1 * g
     v = (v - c2 * v) + (c2 * g) * g
     max_v = maximum(max_v, correction * v)
@@ -180,6 +181,18 @@ def lionw(p, g, m, c1, c2, lr, decay):
     p = p - (decay * p + lr * sign((m - c1 * m) + c1 * g))
     m = (m - c2 * m) + c2 * g
     return p, m
+
+
+def unscale(g, unscaling):
+    """Prelude: the gradient of a loss that was multiplied by a scale; `unscaling` is 1 / scale."""
+    g = unscaling * g
+    return g
+
+
+def clip(g, clipping):
+    """Prelude: a gradient whose global norm was too large; after `unscale`."""
+    g = clipping * g
+    return g
 
 
 def maximize(g, ascent):
@@ -204,4 +217,4 @@ RULES: dict[str, Callable[..., Any]] = {
         lion, lionw,
     )
 }  # fmt: skip
-PRELUDES: dict[str, Callable[..., Any]] = {"maximize": maximize, "l2": l2}
+PRELUDES: dict[str, Callable[..., Any]] = {f.__name__: f for f in (unscale, clip, maximize, l2)}

@@ -60,7 +60,9 @@ def load(optimizer: Optimizer, d: Mapping[str, Any]) -> None:
         if not isinstance(given["params"], list | tuple) or list(given["params"]) != numbers:
             raise ValueError(f'{path}["params"] should be {numbers}, got {given["params"]!r}')
         hyperparameters.append(optimizer._check(given))
-        wanted = optimizer._update(hyperparameters[-1], 1).rule.states
+        update = optimizer._update(hyperparameters[-1])
+        update.at(t + 1)  # a rule of the user's may refuse them
+        wanted = update.rule.states
         for part, j in ((optimizer._parts[k], j) for k, j in index):
             if tuple(part.states) != wanted:
                 raise ValueError(f"{path} asks for states {wanted} but this optimizer has {tuple(part.states)}")
@@ -80,6 +82,8 @@ def load(optimizer: Optimizer, d: Mapping[str, Any]) -> None:
                 writes.append((buffer.memory.assign, (buffer.views[j], ravel(host))))
             number += 1
     writes += [(g.update, (values,)) for g, values in zip(optimizer.param_groups, hyperparameters, strict=True)]
+    if optimizer._on_device:
+        writes += [(optimizer._upload, (None, True)), (optimizer._stepper.set_t, (t,))]
     writes.append((np.copyto, (optimizer._t, np.array([t], np.int64))))
     with DeferredInterrupt():
         for write, arguments in writes:

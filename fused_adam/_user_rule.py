@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fused_adam import _checks
-from fused_adam._base import Optimizer, Update
+from fused_adam._base import Optimizer
 from fused_adam._codegen import Rule, parse
+from fused_adam._guard import Options
 from fused_adam._part import ROW_STEPS
+from fused_adam._update import Update
 
 
 def rule(update: Callable[..., Any], coefficients: Callable[..., Mapping[str, float]] | None = None) -> type[Optimizer]:
@@ -24,8 +26,8 @@ def rule(update: Callable[..., Any], coefficients: Callable[..., Mapping[str, fl
             the class's hyperparameters. Without it, each coefficient is a hyperparameter of its own that must be given.
 
     Returns:
-        A class that is used like `Adam`: ``Class(params, *, backend="auto", per_row_step=False, **hyperparameters)``.
-        It pickles if it is reachable under the rule's name, as with ``@fused_adam.rule``.
+        A class that is used like `Adam`: ``Class(params, *, backend="auto", ..., **hyperparameters)``. It pickles if it
+        is reachable under the rule's name, as with ``@fused_adam.rule``.
 
     Raises:
         ValueError: the rule is outside this grammar; the message shows the line.
@@ -44,13 +46,13 @@ def rule(update: Callable[..., Any], coefficients: Callable[..., Mapping[str, fl
         if not arguments:
             raise ValueError(f"coefficients of rule {parsed.name!r} should take t first, then the hyperparameters")
         defaults = {a.name: a.default for a in arguments[1:]}
-    for taken in {"self", "params", "backend", "per_row_step"} & set(defaults):
+    for taken in {"self", "params", *Options.__annotations__} & set(defaults):
         raise ValueError(f"rule {parsed.name!r}: a hyperparameter cannot be called {taken!r}; choose another name")
 
     class Made(Optimizer):
-        def __init__(
-            self, params: Any, *, backend: str = "auto", per_row_step: bool = False, **hyperparameters: Any
-        ) -> None:
+        def __init__(self, params: Any, **given: Any) -> None:
+            options = {name: given.pop(name) for name in Options.__annotations__ if name in given}
+            hyperparameters = given
             for name in hyperparameters:
                 if name not in defaults:
                     raise TypeError(f"{parsed.name} has no hyperparameter {name!r}; it has {list(defaults)}")
@@ -58,18 +60,24 @@ def rule(update: Callable[..., Any], coefficients: Callable[..., Mapping[str, fl
             for name, value in values.items():
                 if value is inspect.Parameter.empty:
                     raise TypeError(f"{parsed.name} needs {name}=")
-            super().__init__(params, values, backend, per_row_step)
+            super().__init__(params, values, **options)
 
         def _check_one(self, name: str, value: Any) -> Any:
             return _checks.real(name, value)
 
-        def _update(self, group: Mapping[str, Any], t: int) -> Update:
+        def _update(self, group: Mapping[str, Any]) -> Update:
             hyperparameters = {k: group[k] for k in defaults}
-            values = coefficients(t, **hyperparameters) if coefficients else hyperparameters
-            for name in parsed.coefficients:
-                if name not in values:
-                    raise ValueError(f"coefficients of rule {parsed.name!r} did not return {name!r}")
-            return Update(parsed, {n: _checks.real(n, values[n]) for n in parsed.coefficients})
+            if coefficients is None:
+                return Update(parsed, None, (), (), hyperparameters)
+            return Update(parsed, lambda t: values_at(t, hyperparameters), parsed.coefficients, (), {})
+
+    def values_at(t: int, hyperparameters: Mapping[str, Any]) -> tuple[float, ...]:
+        assert coefficients is not None
+        values = coefficients(t, **hyperparameters)
+        for name in parsed.coefficients:
+            if name not in values:
+                raise ValueError(f"coefficients of rule {parsed.name!r} did not return {name!r}")
+        return tuple(_checks.real(n, values[n]) for n in parsed.coefficients)
 
     Made.__name__ = update.__name__
     Made.__qualname__ = update.__qualname__
@@ -85,6 +93,8 @@ def _parse(f: Callable[..., Any]) -> Rule:
         raise ValueError(f"rule {rule.name!r}: the first two arguments should be p and g, got {rule.arguments}")
     if rule.outputs[0] != "p" or "g" in rule.outputs:
         raise ValueError(f"rule {rule.name!r}: return p first, then the states, and not g")
+    for n in {"unscaling", "clipping"} & {*rule.arguments, *(a.target for a in rule.assignments)}:
+        raise ValueError(f"rule {rule.name!r}: {n!r} is what gradients are multiplied by before it; use another name")
     if ROW_STEPS in rule.states:
         raise ValueError(f"rule {rule.name!r}: a state cannot be called {ROW_STEPS!r}; choose another name")
     assigned = {a.target for a in rule.assignments}

@@ -3,6 +3,18 @@
 // One device function per update rule, over the number type T of step.cuh, whose operators and intrinsics round as IEEE
 // asks for whatever the compiler's options are. The preludes change g and stand before a rule.
 
+// Prelude: the gradient of a loss that was multiplied by a scale; `unscaling` is 1 / scale.
+template <class T>
+__device__ __forceinline__ void unscale(T& g, T unscaling) {
+    g = unscaling * g;
+}
+
+// Prelude: a gradient whose global norm was too large; after `unscale`.
+template <class T>
+__device__ __forceinline__ void clip(T& g, T clipping) {
+    g = clipping * g;
+}
+
 // Prelude: ascend instead of descend (`ascent` is -1).
 template <class T>
 __device__ __forceinline__ void maximize(T& g, T ascent) {
@@ -105,7 +117,8 @@ __device__ __forceinline__ void amsgradw(T& p, T g, T& m, T& v, T& max_v, T c1, 
     m = (m - c1 * m) + c1 * g;
     v = (v - c2 * v) + (c2 * g) * g;
     max_v = maximum(max_v, v);
-    p = p - (decay * p + step * (m / (sqrt(max_v) + eps)));
+    T u = m / (sqrt(max_v) + eps);
+    p = p - (decay * p + step * u);
 }
 
 // Adam with a second eps, `root`, inside the root, as in optax: the step can be differentiated at v = 0.
@@ -121,7 +134,8 @@ template <class T>
 __device__ __forceinline__ void adamw_root(T& p, T g, T& m, T& v, T c1, T c2, T step, T eps, T root, T decay) {
     m = (m - c1 * m) + c1 * g;
     v = (v - c2 * v) + (c2 * g) * g;
-    p = p - (decay * p + step * (m / (sqrt(v + root) + eps)));
+    T u = m / (sqrt(v + root) + eps);
+    p = p - (decay * p + step * u);
 }
 
 // Adam whose decoupled decay takes the p that the step has left, as bitsandbytes has it in CUDA.

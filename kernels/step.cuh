@@ -57,6 +57,27 @@ FUSED_ADAM_NUMBER(f64, double, "f64", "d")
 #undef FUSED_ADAM_UNARY
 #undef FUSED_ADAM_COMPARE
 
+// Conversions too flush subnormals under -ftz=true.
+#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ f64 widen(f32 a) {
+    double x;
+    asm("cvt.f64.f32 %0, %1;" : "=d"(x) : "f"(a.x));
+    return {x};
+}
+__device__ __forceinline__ f32 narrowed(f64 a) {
+    float x;
+    asm("cvt.rn.f32.f64 %0, %1;" : "=f"(x) : "d"(a.x));
+    return {x};
+}
+#else
+__device__ __forceinline__ f64 widen(f32 a) { return {a.x}; }
+__device__ __forceinline__ f32 narrowed(f64 a) { return {static_cast<float>(a.x)}; }
+#endif
+__device__ __forceinline__ f64 widen(f64 a) { return a; }
+template <class T> __device__ __forceinline__ T narrow(f64 a);
+template <> __device__ __forceinline__ f32 narrow<f32>(f64 a) { return narrowed(a); }
+template <> __device__ __forceinline__ f64 narrow<f64>(f64 a) { return a; }
+
 // Accesses of global memory; a pointer that comes out of a table would otherwise be taken for one of any memory. What
 // is read or written `once` is not needed before the next step: its cache lines are the first to go (.cs).
 #if defined(__CUDA_ARCH__)

@@ -15,6 +15,7 @@ import types
 from contextlib import contextmanager
 from typing import Any
 
+import fake_guard
 import fake_rows
 import host_kernel
 import numpy as np
@@ -27,7 +28,8 @@ compiled: list[str] = []  # texts
 waits: list[tuple[int, int]] = []  # (stream, the one it waits for)
 reads: list[int] = []  # elements of each read by `allow_arithmetic`'s functions
 stream_now = 0
-capturing: set[int] = set()  # streams
+capturing: set[int] = set()  # streams, of which launches go to the graph instead
+graph: list[Any] = []  # calls to make at each replay
 fail: dict[str, int] = {}  # "alloc" or "launch": after how many more calls to fail
 
 
@@ -241,11 +243,15 @@ class Foreign:
 
 def _layout(text: str) -> Any:
     """The arguments of a kernel, by what its text says of itself."""
-    states, coefficients, groups = map(int, re.findall(r"(?:STATES|COEFFICIENTS|GROUPS) = (\d+)", text))
+    states, coefficients, *groups = map(int, re.findall(r"(?:STATES|COEFFICIENTS|GROUPS) = (\d+)", text))
     number = {"float": np.float32, "double": np.float64}[re.findall(r"typedef (\w+) Number;", text)[0]]
     segment = [(name, np.int64) for name in ("n", "first", "group", "p")] + [("states", np.int64, (max(1, states),))]
     tables = [(name, np.int64) for name in ("segments", "gradients", "segment_of_chunk", "chunk")]
-    rest = [("segment", segment), ("gradient", np.int64), ("coefficients", number, (groups, coefficients))]
+    rest: list[Any] = [("segment", segment), ("gradient", np.int64)]
+    if groups:
+        rest.append(("coefficients", number, (groups[0], coefficients)))
+    else:
+        rest += [("control", np.int64), ("coefficients", np.int64)]
     return np.dtype([*tables, *rest], align=True)
 
 
@@ -253,9 +259,7 @@ class _Function:
     def __init__(self, text: str, name: str) -> None:
         compiled.append(text)
         self._name = name
-        rows = "struct Gathered" in text
-        self._layout = fake_rows.ARGUMENTS if rows else _layout(text)
-        self._check = fake_rows.checker(text) if rows else check_arguments
+        self._layout, self._check = held_to(text, name)
         self._run = host_kernel.build(text, name)
 
     @property
@@ -273,14 +277,36 @@ class _Function:
         assert isinstance(given, np.ndarray) and given.size == 1 and given.nbytes <= 4096
         arguments = given.view(self._layout)
         self._check(arguments[0], grid[0])
-        launches.append((self._name, grid[0], stream.ptr))
-        self._run(grid[0], arguments)
+        arguments = arguments.copy()  # a graph keeps its own
+
+        def run() -> None:
+            self._check(arguments[0], grid[0])
+            launches.append((self._name, grid[0], stream.ptr))
+            self._run(grid[0], arguments)
+
+        if stream.ptr in capturing:
+            graph.append(run)
+        else:
+            run()
 
 
-def check_arguments(a: Any, blocks: int) -> None:
+def held_to(text: str, name: str) -> tuple[Any, Any]:
+    """A kernel's arguments, and a check of them and the number of blocks, by what its text says of itself."""
+    itemsize = 8 if "typedef double Number;" in text else 4
+    if "struct Gathered" in text:
+        return fake_rows.ARGUMENTS, fake_rows.checker(text)
+    if name == "prologue":
+        return fake_guard.PROLOGUE, fake_guard.check_prologue
+    if name.startswith("norm_"):
+        return fake_guard.NORM, lambda a, blocks: fake_guard.check_norm(a, blocks, itemsize)
+    return _layout(text), lambda a, blocks: check_arguments(a, blocks, itemsize)
+
+
+def check_arguments(a: Any, blocks: int, itemsize: int) -> None:
     """Everything the kernel will touch is the device's."""
     assert a["chunk"] > 0 and a["chunk"] % 128 == 0
-    itemsize = a["coefficients"].dtype.itemsize
+    if "control" in a.dtype.names:
+        assert on_device(int(a["control"]), fake_guard.CONTROL) and on_device(int(a["coefficients"]))
     rows, gradients = [a["segment"]], [a["gradient"]]
     if a["segments"]:
         tables = [("segments", 1), ("gradients", 8), ("segment_of_chunk", 4 * blocks)]
@@ -352,8 +378,30 @@ class Event:
 
 def _memcpy_async(destination: int, source: int, nbytes: int, kind: int, stream: int) -> None:
     assert kind == 1 and on_device(destination, nbytes) and not on_device(source)
+    assert stream not in capturing, "a replay would copy from memory that is another's by then"
     ctypes.memmove(destination, source, nbytes)
     copies.append(nbytes)
+
+
+def _memcpy(destination: int, source: int, nbytes: int, kind: int) -> None:
+    assert kind == 2 and on_device(source, nbytes) and not on_device(destination)
+    assert not capturing, "a capture cannot wait for the device"
+    ctypes.memmove(destination, source, nbytes)
+
+
+def zero(address: int, nbytes: int, stream: int) -> None:
+    """In the place of the driver's."""
+    assert on_device(address, nbytes)
+    if stream in capturing:
+        graph.append(lambda: ctypes.memset(address, 0, nbytes))
+    else:
+        ctypes.memset(address, 0, nbytes)
+
+
+def replay() -> None:
+    """What cudaGraphLaunch would do."""
+    for call in graph:
+        call()
 
 
 def _module() -> types.ModuleType:
@@ -378,6 +426,8 @@ def _module() -> types.ModuleType:
             getDeviceCount=lambda: 1,
             memcpyAsync=_memcpy_async,
             memcpyHostToDevice=1,
+            memcpyDeviceToHost=2,
+            memcpy=_memcpy,
             streamWaitEvent=lambda stream, event: event is None or waits.append((stream, event)),
             streamSynchronize=lambda stream: None,
             deviceSynchronize=lambda: None,
@@ -405,11 +455,12 @@ def installed(monkeypatch: Any) -> Any:
         patch.setitem(sys.modules, "cupy", _module())
         patch.delitem(sys.modules, "fused_adam.backends.cupy_cuda", raising=False)
         patch.setattr(_cuda_arrays, "device_of", device_of)
-        for name in ("_cuda_arrays", "backends._cuda", "backends._cuda_rows"):
+        patch.setattr(_cuda_arrays, "zero", zero)
+        for name in ("_cuda_arrays", "backends._cuda", "backends._cuda_rows", "backends._cuda_guard"):
             if (module := sys.modules.get(f"fused_adam.{name}")) is not None:
                 patch.setattr(module, "is_capturing", lambda stream: stream in capturing)
         patch.setattr(backends, "no_device", lambda: "")
-        for record in (_memory, _starts, launches, copies, compiled, waits, reads, fail, capturing):
+        for record in (_memory, _starts, launches, copies, compiled, waits, reads, fail, capturing, graph):
             record.clear()
         yield sys.modules["cupy"]
         check_guards()

@@ -13,11 +13,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import fake_cupy
-import fake_rows
 import host_kernel
 import numpy as np
 
-from fused_adam.backends._cuda_source import rows_source, source
+from fused_adam.backends._cuda_source import norm_source, rows_source, source
 
 
 class CudaAPIError(Exception):
@@ -99,12 +98,15 @@ def _host_to_device(destination: DeviceNDArray, a: Any, nbytes: int, stream: Str
     fake_cupy.copies.append(nbytes)
 
 
-class _Dispatcher:
-    _check = staticmethod(fake_cupy.check_arguments)
+def _device_to_host(a: Any, source: DeviceNDArray, nbytes: int) -> None:
+    assert a.nbytes == nbytes <= source.nbytes and a.flags.c_contiguous
+    a.reshape(-1).view(np.uint8)[...] = source._a[:nbytes]
 
+
+class _Dispatcher:
     def __init__(self, made: Any) -> None:
         self._made = made
-        self._run = host_kernel.build(self._made.text, self._made.name)
+        self._check = fake_cupy.held_to(made.text, made.name)[1]
 
     def compile(self, signature: str) -> None:
         assert signature == "void(int64)"
@@ -120,15 +122,9 @@ class _Dispatcher:
             arguments = fake_cupy._read(address, self._made.arguments, 1)
             self._check(arguments[0], blocks)
             fake_cupy.launches.append((self._made.name, blocks, stream.handle))
-            self._run(blocks, arguments)
+            host_kernel.build(self._made.text, self._made.name)(blocks, arguments)
 
         return launch
-
-
-class _RowsDispatcher(_Dispatcher):
-    def __init__(self, made: Any) -> None:
-        super().__init__(made)
-        self._check = fake_rows.checker(made.text)
 
 
 @contextmanager
@@ -148,16 +144,19 @@ def installed(monkeypatch: Any) -> Any:
     cuda.synchronize = lambda: None
     driver: Any = types.ModuleType("numba.cuda.cudadrv.driver")
     driver.CudaAPIError, driver.host_to_device, driver.device_memset = CudaAPIError, _host_to_device, _memset
+    driver.device_to_host = _device_to_host
     kernels: Any = types.ModuleType("fused_adam.backends._numba_cuda_kernels")
     kernels.kernel = lambda rule, dtype: _Dispatcher(source(rule, np.dtype(dtype)))
     rows: Any = types.ModuleType("fused_adam.backends._numba_cuda_rows")
-    rows.rows_kernel = lambda rule, dtype: _RowsDispatcher(rows_source(rule, np.dtype(dtype)))
+    rows.rows_kernel = lambda rule, dtype: _Dispatcher(rows_source(rule, np.dtype(dtype)))
+    norm: Any = types.ModuleType("fused_adam.backends._numba_cuda_norm")
+    norm.norm_kernel = lambda dtype: _Dispatcher(norm_source(np.dtype(dtype)))
     package = types.ModuleType("numba_cuda")
     package.__spec__ = importlib.machinery.ModuleSpec("numba_cuda", None)
 
     with fake_cupy.installed(monkeypatch), monkeypatch.context() as patch:
         patch.setitem(sys.modules, "cupy", None)  # as if it were not installed
-        for module in (package, driver, kernels, rows, cuda):
+        for module in (package, driver, kernels, rows, norm, cuda):
             patch.setitem(sys.modules, module.__name__, module)
         cudadrv: Any = types.ModuleType("numba.cuda.cudadrv")
         cudadrv.driver = driver

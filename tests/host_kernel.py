@@ -17,7 +17,7 @@ from bits import LARGEST, Variant
 from conftest import missing
 
 from fused_adam._codegen import Rule
-from fused_adam.backends._cuda_source import THREADS, source
+from fused_adam.backends._cuda_source import COEFFICIENT_BYTES, CONTROL, MAX_GROUPS, THREADS, source
 
 SHIM = Path(__file__).with_name("host_shim.h")
 BUILDS = Path(__file__).parents[1] / "build" / "host"  # kept, and shared by all processes; `make clean` removes it
@@ -50,10 +50,15 @@ def compiled(text: str, *flags: str) -> Path:
     return result
 
 
+def launcher(text: str) -> str:
+    """The macro of the shim that runs a kernel: threads take turns only where they may have to wait."""
+    return "HOST_LAUNCH_FIBERS" if "__sync" in text or "__shfl" in text else "HOST_LAUNCH"
+
+
 @cache
 def build(text: str, name: str) -> Launch:
     """A kernel from a source text, as launch(blocks, arguments): how many blocks or which of them, and the struct."""
-    library = ctypes.CDLL(str(compiled(f"{text}\nHOST_LAUNCH({name})\n", "-O2", "-shared")))
+    library = ctypes.CDLL(str(compiled(f"{text}\n{launcher(text)}({name})\n", "-O2", "-shared")))
 
     def launch(blocks: int | range, arguments: Any) -> None:
         blocks = range(blocks) if isinstance(blocks, int) else blocks
@@ -66,11 +71,18 @@ def build(text: str, name: str) -> Launch:
 
 
 class HostKernel:
-    """A rule's kernel. Arrays are p, g and the states, 1-D; coefficients are one list, or one for each group."""
+    """A rule's kernel. Arrays are p, g and the states, 1-D; coefficients are one list, or one for each group.
 
-    def __init__(self, rule: Rule, dtype: Any) -> None:
-        self.source = source(rule, np.dtype(dtype))
+    control: with on_device, what prologue.cu would have left.
+    """
+
+    control: Any = None
+
+    def __init__(self, rule: Rule, dtype: Any, on_device: bool = False) -> None:
+        self.source = source(rule, np.dtype(dtype), on_device)
         self.launch = build(self.source.text, self.source.name)
+        self.control = np.zeros((), CONTROL) if on_device else None
+        self._room = np.zeros((MAX_GROUPS, COEFFICIENT_BYTES // np.dtype(dtype).itemsize), dtype)
 
     def alone(
         self, coefficients: list[float], arrays: list[Any], chunk: int = 2048, blocks: int | range | None = None
@@ -101,7 +113,10 @@ class HostKernel:
     def arguments(self, groups: Sequence[list[float]], chunk: int) -> Any:
         arguments = np.zeros((), self.source.arguments)
         arguments["chunk"] = chunk
-        arguments["coefficients"][: len(groups), : len(groups[0])] = groups
+        where = arguments["coefficients"] if self.control is None else self._room
+        where[: len(groups), : len(groups[0])] = groups
+        if self.control is not None:
+            arguments["control"], arguments["coefficients"] = self.control.ctypes.data, self._room.ctypes.data
         return arguments
 
     def segment(self, first: int, group: int, arrays: list[Any]) -> tuple[Any, ...]:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from bits import COEFFICIENTS, VARIANTS, assert_arrays, coefficients, copies, inputs, run
+from bits import COEFFICIENTS, LARGEST, VARIANTS, assert_arrays, coefficients, copies, inputs, run
 from host_kernel import HostKernel
 
-from fused_adam._codegen import Rule, bind, parse
+from fused_adam._codegen import Rule, behind, bind, parse
 
 
 def own(p, g, n, a, c, lo, hi, cuda, mu, min):
@@ -33,11 +33,19 @@ OWN = parse(own)
 RULES = [*(bind(*variant) for variant in VARIANTS), OWN]
 # What takes long is done for each rule alone, and behind all of its preludes.
 FEWER = [*(bind(name, preludes) for name, preludes in VARIANTS if preludes in ((), dict(VARIANTS)[name])), OWN]
+# Behind what a scale and a clipped norm put before a rule, and with the gradient zeroed; the largest stand last.
+GUARDED = [
+    behind(OWN, (), zeroes=True),
+    behind(bind("sgd"), ("unscale",), zeroes=True),
+    behind(bind("adamw"), ("unscale", "clip")),
+    behind(bind("rmsprop_centered_momentum", ("maximize", "l2")), ("clip",), zeroes=True),
+    behind(bind(*LARGEST), ("unscale", "clip"), zeroes=True),
+]
 GROUPS = range(len(COEFFICIENTS["c"]))
 
 
 def values(rule: Rule, group: int) -> list[float]:
-    return [0.7 - group, 1e-3] if rule is OWN else coefficients(rule, group)
+    return [0.7 - group, 1e-3] if OWN in (rule, rule.base) else coefficients(rule, group)
 
 
 def stepped(rule: Rule, group: int, given: list[Any]) -> list[Any]:

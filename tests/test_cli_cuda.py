@@ -139,7 +139,7 @@ def test_verify_takes_every_backend_there_is(cupy, capsys, monkeypatch):
             "v.x = std::fma((c2 * g).x, g.x, (v - c2 * v).x);",
             ["adam"],
         ),  # contracted
-        ("pass<Number, 2 * UNROLL>(s, g, c, middle, hi);", "", ["adam", "lion"]),  # without its tail
+        ("pass<Number, 2 * UNROLL>(s, g, c, middle, hi, unmoved);", "", ["adam", "lion"]),  # without its tail
     ],
 )
 def test_verify_catches_a_wrong_kernel(cupy, capsys, monkeypatch, right, wrong, rules):

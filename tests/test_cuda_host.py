@@ -70,8 +70,13 @@ def check(
     chunk: int = 2048,
     late: int | None = None,
     alone: bool = False,
+    on_device: bool = False,
+    skips: bool = False,
 ) -> None:
-    """One launch over segments of these sizes steps their elements and no others: there are gaps between them."""
+    """One launch over segments of these sizes steps their elements and no others: there are gaps between them.
+
+    skips: with on_device, what a step that is skipped does.
+    """
     end, parts = MARGIN, []
     for k, n in enumerate(sizes):
         start = end + 4 + -end % 4 + (k % 5 == 4)  # some lie off a multiple of 16 bytes, in all arrays
@@ -81,10 +86,16 @@ def check(
     before = [a[: end + MARGIN] for a in given(rule, dtype, total)]
     ours, expected = late_copies(before, late), copies(before)
     for group, part in sorted(parts, key=lambda row: row[0]):
+        if skips:
+            if rule.zeroes:
+                expected[1][part] = 0
+            continue
         for a, b in zip(expected, stepped(rule, dtype, total, group), strict=True):
             a[part] = b[part]
 
-    kernel = HostKernel(rule, dtype)
+    kernel = HostKernel(rule, dtype, on_device)
+    if kernel.control is not None:
+        kernel.control["skips"], kernel.control["unmoved"] = skips, 2**40
     values = [group_coefficients(rule, group) for group in range(groups)]
     segments = [(group, [a[part] for a in ours]) for group, part in parts]
     if alone:
@@ -92,6 +103,9 @@ def check(
     else:
         kernel.table(values, segments, chunk)
     assert_arrays(rule, ours, expected, f"sizes {sizes[:20]} chunk {chunk} late {late}")
+    if kernel.control is not None:
+        unmoved = sum(np.count_nonzero((expected[0] == before[0])[x] & (before[1] != 0)[x]) for _, x in parts)
+        assert kernel.control["unmoved"] == 2**40 + (unmoved if rule.counts and not skips else 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -17,19 +17,22 @@ from fused_adam._codegen import bind
 from fused_adam.backends._cuda_source import source
 
 PROGRAM = Path(__file__).with_name("host_sanitized.cpp")
+LAUNCHES = Path(__file__).with_name("host_launches.h")
 MEMORY, RACES = "address,undefined", "thread"
 FLAGS = ("-O1", "-g", "-pthread", "-fno-sanitize-recover=all", "-D_GLIBCXX_SANITIZE_VECTOR")
 
 
 def report(sanitizer: str, text: str, program: Path = PROGRAM) -> str:
     """What the sanitizer says about the steps of a kernel: nothing, if they are sound."""
-    built = compiled(f"{text}\n{program.read_text()}", f"-fsanitize={sanitizer}", *FLAGS)
+    built = compiled(f"{text}\n{LAUNCHES.read_text()}\n{program.read_text()}", f"-fsanitize={sanitizer}", *FLAGS)
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     result = subprocess.run([str(built)], env=environment, capture_output=True, text=True, timeout=100, check=False)
     if "unexpected memory mapping" in result.stderr:
         missing("ThreadSanitizer of this g++ cannot run here: try sysctl vm.mmap_rnd_bits=28")
-    assert (result.returncode == 0) == (result.stderr == ""), f"exit {result.returncode}\n{result.stderr}"
-    return result.stderr
+    # AddressSanitizer warns of every program with fibers.
+    said = "".join(line for line in result.stderr.splitlines(keepends=True) if "makecontext/swapcontext" not in line)
+    assert (result.returncode == 0) == (said == ""), f"exit {result.returncode}\n{said}"
+    return said
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -51,6 +51,7 @@ def some_bits(part):
     names = "adamw float32", "sgd float32", "class own rule float32", "class AdamW float64", "adamw_step float32"
     names += "1 segments float32", "2 segments float64", "groups of several rules and dtypes"
     names += "states to the host and back", "no memory for states", "rows own rule, own t float32"
+    names += "guarded AdamW all float32", "guarded own rule all float64"
     found = [case for case in bits.cases(backend) if case.name in names]
     lib = arrays.library(backend)
     found.append(Case("20 steps", lambda: bits_api.steps_case(lib, backend, F32, 20)))
@@ -61,9 +62,9 @@ def test_bits_on_a_pretended_gpu(cupy, tmp_path, monkeypatch):
     monkeypatch.setattr(bits, "SIZES", ())  # `some_bits` sets them; they are put back
     monkeypatch.setattr(bits, "ALONE", ())
     journal = Journal(tmp_path / "journal")
-    assert worker.work("bits-cupy", "0/1", some_bits, journal, 0, time.monotonic() + 60) == 0
+    assert worker.work("bits-cupy", "0/1", some_bits, journal, 0, time.monotonic() + 200) == 0
     found = record.outcomes(journal.read(), "bits-cupy")
-    assert len(found) == 12 and [e for e in found if e["status"] != "ok"] == []
+    assert len(found) == 14 and [e for e in found if e["status"] != "ok"] == []
     assert {name for name, *_ in fake_cupy.launches} >= {"adamw_f32", "adamw_f64", "sgd_f32", "clipped_rows_f32"}
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import fake_cupy
 import numpy as np
 import pytest
-from fused_adam.bench.gpu import arrays, bits, bits_device, peers, speed, subject, worker
+from fused_adam.bench.gpu import arrays, bits, bits_device, bits_guard, peers, speed, subject, worker
 from fused_adam.bench.gpu.clock import Gpu
 from fused_adam.bench.gpu.peers import Tensors
 from fused_adam.bench.gpu.worker import Different, Skipped
@@ -135,6 +135,12 @@ def test_every_case_of_the_device(cupy, monkeypatch):
     monkeypatch.setattr(arrays._Cupy, "free_bytes", lambda self: 1000)
     with pytest.raises(Skipped, match="9000 elements need 1 GiB; 0 are free"):
         bits_device.large_case(lib, "cupy")
+
+
+def test_replays(cupy, monkeypatch):
+    monkeypatch.setattr(bits_guard, "REPLAYS", 9)
+    note = bits_guard.replay_case(arrays.library("cupy"), "cupy", np.dtype(np.float32))
+    assert note == {"note": "t 7, 3 skipped"}
 
 
 def test_a_wrong_window_and_a_stale_gradient_are_found(cupy, monkeypatch):

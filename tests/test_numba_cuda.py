@@ -20,7 +20,7 @@ import pytest
 from bits import DTYPES, assert_arrays, inputs
 from conftest import missing, require
 from host_kernel import HostKernel
-from numba_cuda_cases import FEWER, RULES, check, stepped, values
+from numba_cuda_cases import FEWER, GUARDED, RULES, check, stepped, values
 from ptx import thread
 
 from fused_adam._codegen import OPERATORS, Rule
@@ -71,7 +71,7 @@ def assert_ptx(rule: Rule, dtype: np.dtype[Any], ptx: str) -> None:
     number, vector, unroll = ("f32", "v4", 2) if dtype == np.float32 else ("f64", "v2", 1)
     elements = unroll * int(vector[1]) + 2 * unroll
     accesses = ["ld.global", "st.global"] + ["ld.global.cs"] * (1 + len(rule.states))
-    accesses += ["st.global.cs"] * len(rule.states)
+    accesses += ["st.global.cs"] * (len(rule.states) + rule.zeroes)
     expected = Counter(f"{access}.{vector}" for access in accesses * unroll)
     expected += Counter(accesses * 2 * unroll)
     expected += Counter(operations(rule) * elements)
@@ -88,6 +88,9 @@ def assert_ptx(rule: Rule, dtype: np.dtype[Any], ptx: str) -> None:
     evicted = re.findall(r"\b(ld|st)\.global\.cs\.(v?)", ptx)
     order = "".join(kind[0].upper() if wide else kind[0] for kind, wide in evicted)
     assert re.fullmatch(r"L+S*l+s*", order), rule.name
+    # Of each access p is stored first, and then what is not needed soon: zeros to g, and the states.
+    stores = "".join("s" if once else "p" for once in re.findall(r"\bst\.global(\.cs)?\b", ptx))
+    assert stores == ("p" + "s" * (rule.zeroes + len(rule.states))) * 3 * unroll, rule.name
 
 
 def assert_far_block(kernel: HostKernel, rule: Rule, dtype: np.dtype[Any]) -> None:
@@ -107,7 +110,7 @@ def assert_far_block(kernel: HostKernel, rule: Rule, dtype: np.dtype[Any]) -> No
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_simulator(dtype: Any) -> None:
     lines = process("cuda_simulator.py", np.dtype(dtype), NUMBA_ENABLE_CUDASIM="1")
-    assert lines == [rule.name for rule in RULES]
+    assert lines == [rule.name for rule in (*RULES, *GUARDED)]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of overflow and NaN
@@ -115,7 +118,7 @@ def test_simulator(dtype: Any) -> None:
 def test_ptx(dtype: Any) -> None:
     dtype = np.dtype(dtype)
     lines = [json.loads(line) for line in process("numba_ptx.py", dtype)]
-    for rule, (name, ptx) in zip(FEWER, lines, strict=True):
+    for rule, (name, ptx) in zip((*FEWER, *GUARDED), lines, strict=True):
         assert rule.name == name
         assert_ptx(rule, dtype, ptx)
         kernel = PtxKernel(rule, dtype, ptx)
@@ -128,7 +131,7 @@ def test_ptx(dtype: Any) -> None:
 def test_registers(dtype: Any) -> None:
     """Four blocks of 256 threads fit on a multiprocessor, and nothing is spilled."""
     lines = [json.loads(line) for line in process("numba_ptx.py", np.dtype(dtype), "link")]
-    assert len(lines) == 3
+    assert len(lines) == 5
     for name, log in lines:
         (registers,) = re.findall(r"Used (\d+) registers", log)
         (stack,) = re.findall(r"(\d+) bytes stack frame", log)

@@ -14,6 +14,8 @@ from conftest import require, same_bits
 from test_cuda_arrays import Producer
 
 import fused_adam
+from fused_adam._codegen import bind
+from fused_adam.backends._cuda_source import norm_source, rows_source, source
 
 F32 = np.float32
 
@@ -59,6 +61,16 @@ def test_adam_step_and_one_kernel_for_many_calls(cuda):
         fused_adam.adam_step(*device, step=step)
     assert all(same_bits(a, b.get()) for a, b in zip(host, device, strict=True))
     assert len(fake_cupy.compiled) == 1 and len(fake_cupy.launches) == 3
+
+
+def test_each_kernel_by_its_source(cuda):
+    from fused_adam.backends import numba_cuda
+
+    rule, dtype = bind("adamw"), np.dtype(F32)
+    made = [(source(rule, dtype), rule), (rows_source(rule, dtype), rule), (norm_source(dtype), None)]
+    for one, of in made:
+        numba_cuda._driver.kernel(one, of, dtype, 0)
+    assert fake_cupy.compiled == ["adamw_f32", "adamw_rows_f32", "norm_f32"]
 
 
 def test_streams(cuda):

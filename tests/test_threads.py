@@ -23,12 +23,13 @@ def arrays(seed):
 def train(seed, backend, steps=6):
     "The bytes after some steps: a list of arrays, and adam_step on the largest of them."
     params, grads = arrays(seed), arrays(seed + 100)
-    opt = fused_adam.AdamW(params, backend=backend)
+    options = {"skip_nonfinite": True, "max_grad_norm": 1.0, "count_unmoved": True} if seed % 2 else {}
+    opt = fused_adam.AdamW(params, backend=backend, **options)
     p, g, m, v = (np.abs(arrays(seed + k)[0]) for k in range(4))
     for t in range(steps):
         opt.step(grads)
         fused_adam.adam_step(p, g, m, v, step=t + 1, backend=backend)
-    return [a.tobytes() for a in (*params, p, m, v)]
+    return [*(a.tobytes() for a in (*params, p, m, v)), opt.last_stats()]
 
 
 def child(seed, backend, queue):

@@ -82,11 +82,14 @@ def l2_before_maximize(monkeypatch: pytest.MonkeyPatch) -> None:
 def corrected_amsgrad(monkeypatch: pytest.MonkeyPatch) -> None:
     """max_v over v / (1 - beta2**t), as some libraries have it; the rule needs that as a coefficient."""
 
-    def update(group: Any, decoupled: bool, t: int) -> Any:
-        right = RIGHT_ADAM_UPDATE(group, decoupled, t).coefficients
-        q1, q2 = (_coefficients.bias_correction(right[c], t) for c in ("c1", "c2"))
-        wrong = {**right, "q": q2, "lr": group["lr"] / q1, "eps": group["eps"]}
-        return _optimizer.Update(_codegen.bind("amsgrad"), wrong)
+    def wrong(t: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> Any:
+        c1, c2 = 1.0 - beta1, 1.0 - beta2
+        q1, q2 = (_coefficients.bias_correction(c, t) for c in (c1, c2))
+        return c1, c2, q2, lr / q1, eps
+
+    def update(group: Any, decoupled: bool) -> Any:
+        right = RIGHT_ADAM_UPDATE(group, decoupled)
+        return right._replace(rule=_codegen.bind("amsgrad"), formula=wrong, names=("c1", "c2", "q", "lr", "eps"))
 
     rule("amsgrad", amsgrad_of_corrected_v)(monkeypatch)
     monkeypatch.setattr(_optimizer, "_adam", update)

@@ -1,7 +1,7 @@
 """Byte for byte what NumPy gives: every rule, any size, any place in memory, any table of segments.
 
 The cases of a backend, most telling first; what only a real device can show is in bits_device.py, steps over rows in
-bits_rows.py.
+bits_rows.py, scaled and clipped gradients in bits_guard.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fused_adam._codegen import Rule, bind
 from fused_adam._cuda_arrays import view
 from fused_adam.backends import Loose, Rows, load
 
-from . import bits_api, bits_device, bits_rows
+from . import bits_api, bits_device, bits_guard, bits_rows
 from .arrays import Library, library, same, usable
 from .bits_tables import shared
 from .worker import Case
@@ -160,6 +160,7 @@ def cases(backend: str) -> list[Case]:
         *rules(first),
         *(case(*row) for row in bits_api.first_cases(dtypes)),
         *(case(*row) for row in bits_device.cases()),
+        *(case(*row) for row in bits_guard.cases(dtypes)),
         *(case(*row) for row in bits_rows.cases(dtypes)),
         *(case(f"{n} segments {t}", table_case, t, n) for t in dtypes for n in COUNTS),
         *(case(f"130 groups {t}", groups_case, t) for t in dtypes),

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from operator import is_
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,11 +21,11 @@ from fused_adam._codegen import Rule
 from fused_adam._cuda_arrays import is_capturing
 from fused_adam._layout import FlatBuffer
 from fused_adam.backends import DeferredInterrupt, Gradients, Rows
-from fused_adam.backends._cuda_source import RowsSource, Source, source
+from fused_adam.backends._cuda_source import Made, NormSource, Source, source
 
 # Elements a block takes; while there are fewer of the larger chunks than a GPU runs blocks at once, the smaller.
 _CHUNK, _SMALL_CHUNK = 4096, 2048
-_FEW = 512 * _CHUNK
+_BLOCKS_AT_ONCE = 512
 _MAX_BLOCKS = 2**31 - 1  # of a grid
 _PER_THREAD = 2  # the address that means a default stream of each thread's own
 
@@ -40,6 +40,9 @@ class Table(Protocol):
     def write(self, a: Array, stream: int, wait: bool = False) -> None:
         """Copy an array there, in the order of the stream, or for all streams if `wait`; `a` may change after it."""
 
+    def read(self, a: Array) -> None:
+        """Copy the first bytes into an array, after all work that was given to the device before."""
+
 
 class Event(Protocol):
     """A place in the order of a stream."""
@@ -52,8 +55,11 @@ class Event(Protocol):
 
 
 class Driver(Hashable, Protocol):
-    def kernel(self, made: Source | RowsSource, rule: Rule, dtype: np.dtype[Any], device: int) -> Kernel:
+    def kernel(self, made: Made, rule: Rule | None, dtype: np.dtype[Any], device: int) -> Kernel:
         """Compile, or load from a cache. A kernel that is launched on two streams at once is made twice."""
+
+    def zero(self, address: int, nbytes: int, device: int, stream: int) -> None:
+        """Set memory to 0, in the order of the stream."""
 
     def table(self, nbytes: int, device: int) -> Table:
         """Raises MemoryError."""
@@ -90,9 +96,15 @@ def order(driver: Driver, stream: int, arrays: Sequence[CudaArray], device: int)
         event.wait(stream)
 
 
-def chunk_of(total: int) -> int:
+def prepared(stream: int) -> None:
+    """Raises RuntimeError where something would be compiled and placed that a capture needs before it."""
+    if is_capturing(stream):
+        raise RuntimeError("this step was not prepared for a capture; call prepare(), or do one like it, before it")
+
+
+def chunk_of(total: int, large: int = _CHUNK) -> int:
     """Elements that a block takes of so many."""
-    return _SMALL_CHUNK if total < _FEW else _CHUNK
+    return large if total >= _BLOCKS_AT_ONCE * large else _SMALL_CHUNK
 
 
 def blocks_of(counts: Array, total: int) -> tuple[int, Array, Array]:
@@ -104,62 +116,49 @@ def blocks_of(counts: Array, total: int) -> tuple[int, Array, Array]:
     return blocks, ends - counts, np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
 
-class _Geometry(NamedTuple):
-    """chunk: elements a block takes. blocks: 0 if there is nothing to do."""
-
-    chunk: int
-    blocks: int
-    segments: Array
-    segment_of_chunk: Array
+Row = tuple[int, Sequence[CudaArray]]  # group, (p, *states)
 
 
-def _geometry(made: Source, rows: Sequence[tuple[int, Sequence[CudaArray]]]) -> _Geometry:
-    """Segments for (group, (p, *states)); those without elements get none."""
-    segments = np.zeros(len(rows), made.segment)
-    for k, (group, (p, *states)) in enumerate(rows):
-        addresses = [a.address for a in states] or [0]
-        segments[k] = (p.size, 0, group, p.address, addresses)
-    segments = segments[segments["n"] > 0]
-    total = int(segments["n"].sum())
-    chunk = chunk_of(total)
-    blocks, segments["first"], segment_of_chunk = blocks_of(-(-segments["n"] // chunk), total)
-    return _Geometry(chunk, blocks, segments, segment_of_chunk)
+class Launch:
+    """One launch over segments of memory and the gradient of each."""
 
+    chunk = _CHUNK  # elements a block takes of many
 
-class _Launch:
-    """One launch: the parts of all groups that take one rule in one type, by one way to look at their memory."""
-
-    def __init__(self, driver: Driver, kernel: Kernel, made: Source, dtype: np.dtype[Any], device: int) -> None:
+    def __init__(self, driver: Driver, kernel: Kernel, made: Source | NormSource, device: int) -> None:
         self._driver = driver
         self._kernel = kernel
         self._made = made
         self._device = device
         self._arguments = np.zeros(1, made.arguments)
-        offset = made.arguments.fields["coefficients"][1]  # type: ignore[index]
-        self._coefficients: Any = self._arguments.view(np.uint8)[offset:]
         # CuPy asks what it passes by value for its address; of bytes NumPy tells it ten times faster than of a struct.
         self._opaque = self._arguments.view(np.dtype((np.void, made.arguments.itemsize)))
-        self._number = "f" if dtype == np.float32 else "d"
-        self._row = made.arguments["coefficients"].shape[1] * dtype.itemsize
         self._blocks = 0
         self._tables: list[Table] = []
         self._uploaded: Array | None = None
+        self._frozen = False
+        self._kept: list[Table] = []
 
-    def place(self, rows: Sequence[tuple[int, Sequence[CudaArray]]], stream: int) -> None:
-        """Allocate and upload what does not change from step to step."""
-        geometry = _geometry(self._made, rows)
-        a = self._arguments[0]
-        a["chunk"] = geometry.chunk
+    def segment(self, row: Row) -> tuple[Any, ...]:
+        """That of a row, as the kernel has it, with 0 for its first block."""
+        raise NotImplementedError
+
+    def place(self, rows: Sequence[Row], stream: int) -> None:
+        """Allocate and upload what does not change from step to step. Rows without elements get no segment."""
         self._present = np.array([p.size > 0 for _, (p, *_) in rows], bool)
-        if len(geometry.segments) == 1:
-            a["segment"] = geometry.segments[0]
-        elif geometry.blocks:
-            sizes = (geometry.segments.nbytes, 8 * len(geometry.segments), geometry.segment_of_chunk.nbytes)
+        segments = np.array([*map(self.segment, rows)], self._made.segment)[self._present]
+        total = int(segments["n"].sum())
+        chunk = chunk_of(total, self.chunk)
+        self._blocks, segments["first"], segment_of_chunk = blocks_of(-(-segments["n"] // chunk), total)
+        a = self._arguments[0]
+        a["chunk"] = chunk
+        if len(segments) == 1:
+            a["segment"] = segments[0]
+        elif self._blocks:
+            sizes = (segments.nbytes, 8 * len(segments), segment_of_chunk.nbytes)
             self._tables = [self._driver.table(size, self._device) for size in sizes]
             a["segments"], a["gradients"], a["segment_of_chunk"] = (table.address for table in self._tables)
-            self._tables[0].write(geometry.segments, stream, wait=True)  # later steps may be on other streams
-            self._tables[2].write(geometry.segment_of_chunk, stream, wait=True)
-        self._blocks = geometry.blocks
+            self._tables[0].write(segments, stream, wait=True)  # later steps may be on other streams
+            self._tables[2].write(segment_of_chunk, stream, wait=True)
 
     def bind(self, gradients: Array, stream: int) -> None:
         """Take an address for each row, for this launch and those that follow."""
@@ -171,9 +170,41 @@ class _Launch:
         elif self._uploaded is None or not np.array_equal(present, self._uploaded):
             if is_capturing(stream):  # a replay would copy from memory that is another's by then
                 raise RuntimeError("the gradients moved during a capture; do one step with these arrays before it")
+            if self._frozen:
+                self._kept.append(self._tables[1])
+                self._tables[1] = self._driver.table(8 * len(present), self._device)
+                self._arguments["gradients"] = self._tables[1].address
+                self._frozen = False
             self._uploaded = None  # until the copy is on its way
             self._tables[1].write(present, stream)
             self._uploaded = present
+
+    def freeze(self) -> None:
+        """A CUDA graph reads what this launch does: other gradients get a table of their own from here on."""
+        self._frozen = True
+
+    def run(self, stream: int) -> None:
+        if self._blocks:
+            self._kernel(self._blocks, self._opaque, stream)
+
+
+class StepLaunch(Launch):
+    """One launch: the parts of all groups that take one rule in one type, by one way to look at their memory."""
+
+    def __init__(self, driver: Driver, kernel: Kernel, made: Source, dtype: np.dtype[Any], device: int) -> None:
+        super().__init__(driver, kernel, made, device)
+        field, offset = made.arguments.fields["coefficients"][:2]  # type: ignore[index]
+        self._coefficients: Any = self._arguments.view(np.uint8)[offset:]
+        self._number = "f" if dtype == np.float32 else "d"
+        self._row = field.shape[-1] * dtype.itemsize if field.shape else 0
+
+    def segment(self, row: Row) -> tuple[Any, ...]:
+        group, (p, *states) = row
+        return p.size, 0, group, p.address, [a.address for a in states] or [0]
+
+    def point(self, control: int, coefficients: int) -> None:
+        """Of a kernel that finds its coefficients in device memory: where."""
+        self._arguments["control"], self._arguments["coefficients"] = control, coefficients
 
     def __call__(self, coefficients: Sequence[Sequence[float]], stream: int) -> None:
         if not self._blocks:
@@ -195,15 +226,16 @@ class Stepper:
         arrays = [a for part in parts for row in part.rows for a in row]
         self._device = next((a.device for a in arrays if a.device >= 0), 0)
         self._nbytes = {id(part): np.array([row[0].nbytes for row in part.rows], np.int64) for part in parts}
-        self._plan: dict[tuple[Any, ...], list[tuple[list[int], _Launch]]] = {}
+        self._plan: dict[tuple[Any, ...], list[tuple[list[int], StepLaunch]]] = {}
         self._last: list[Gradients | None] = [None] * len(parts)
         self._pointers: list[Array] = [np.zeros(0, np.int64)] * len(parts)
         self._rules: Sequence[Rule] = []
-        self._current: list[tuple[list[int], _Launch]] = []
+        self._current: list[tuple[list[int], StepLaunch]] = []
         self._alive: list[CudaArray] = []  # what other libraries lent must outlive the launch
+        self._graphs: list[Any] = []  # and what a CUDA graph reads, all graphs
 
-    def prepare(self, rules: Sequence[Rule], by_row: bool) -> None:
-        """by_row: for `step_rows`."""
+    def prepare(self, rules: Sequence[Rule], by_row: bool, norm: bool) -> None:
+        """by_row: for `step_rows`. norm: for one that needs it."""
         stream = self.driver.current_stream(self._device)
         for flat in ([bool(part.runs) for part in self._parts], [False] * len(self._parts)):
             self._launches(rules, flat, stream)
@@ -218,12 +250,22 @@ class Stepper:
     ) -> None:
         """Step number t, with a rule, its coefficients and its gradients for each part."""
         on = self._stream(stream)
-        if not (rules == self._rules and all(map(is_, gradients, self._last))):
-            self._alive = self._look_again(rules, gradients, on)
+        self._look(rules, gradients, on)
         with DeferredInterrupt():
             self._launch(coefficients, on)
             self._t[0] = t
         self._rules = rules
+
+    def _look(self, rules: Sequence[Rule], gradients: Sequence[Gradients], stream: int) -> None:
+        """Make the launches fit for rules and gradients; those of the last step mostly do."""
+        if not (rules == self._rules and all(map(is_, gradients, self._last))):
+            if rules and rules[0].zeroes:
+                _checks.zeroable(gradients)
+            self._alive = self._look_again(rules, gradients, stream)
+        if is_capturing(stream):
+            self._graphs.append((gradients, self._alive))
+            for _, launch in self._current:
+                launch.freeze()
 
     def _stream(self, given: Any) -> int:
         return self.driver.current_stream(self._device) if given is None else stream_address(given)
@@ -253,30 +295,40 @@ class Stepper:
             launch.bind(np.concatenate([self._pointers[k] for k in parts]), stream)
         return alive
 
-    def _launches(self, rules: Sequence[Rule], flat: Sequence[bool], stream: int) -> list[tuple[list[int], _Launch]]:
+    def _launches(self, rules: Sequence[Rule], flat: Sequence[bool], stream: int) -> list[tuple[list[int], StepLaunch]]:
         """The parts of each launch, and it; made for each choice of rules, and of runs or rows, on first use."""
         key = (tuple(rules), tuple(flat))
         if key not in self._plan:
+            prepared(stream)
             by_rule: dict[tuple[Rule, np.dtype[Any]], list[int]] = {}
             for k, (rule, part) in enumerate(zip(rules, self._parts, strict=True)):
                 if part.rows:
                     by_rule.setdefault((rule, part.dtype), []).append(k)
             launches = []
             for (rule, dtype), members in by_rule.items():
-                made = source(rule, dtype)
+                made = self._source(rule, dtype)
                 for start in range(0, len(members), made.groups):
                     parts = members[start : start + made.groups]
                     kernel = self.driver.kernel(made, rule, dtype, self._device)
-                    launch = _Launch(self.driver, kernel, made, dtype, self._device)
-                    rows = [
-                        (group, row)
-                        for group, k in enumerate(parts)
-                        for row in (self._parts[k].runs if flat[k] else self._parts[k].rows)
-                    ]
-                    launch.place(rows, stream)
+                    launch = self._made(kernel, made, dtype)
+                    launch.place(self._rows(parts, flat), stream)
                     launches.append((parts, launch))
             self._plan[key] = launches
         return self._plan[key]
+
+    def _source(self, rule: Rule, dtype: np.dtype[Any]) -> Source:
+        return source(rule, dtype)
+
+    def _made(self, kernel: Kernel, made: Source, dtype: np.dtype[Any]) -> StepLaunch:
+        return StepLaunch(self.driver, kernel, made, dtype, self._device)
+
+    def _rows(self, parts: Sequence[int], flat: Sequence[bool]) -> list[Row]:
+        """What a launch over parts takes, which are its groups."""
+        return [
+            (group, row)
+            for group, k in enumerate(parts)
+            for row in (self._parts[k].runs if flat[k] else self._parts[k].rows)
+        ]
 
     def _addresses(self, part: Rows, given: Gradients, stream: int, alive: list[CudaArray]) -> Array:
         """Of each run of a flat buffer, or of each gradient, which is checked first."""
@@ -310,7 +362,7 @@ def run(driver: Driver, rule: Rule, coefficients: Sequence[float], p: Any, g: An
     device = max(p.device, 0)
     stream = driver.current_stream(device)
     thread = threading.get_ident() if stream == _PER_THREAD else 0
-    launch = _Launch(
+    launch = StepLaunch(
         driver, _kernel(driver, rule, p.dtype, device, stream, thread), source(rule, p.dtype), p.dtype, device
     )
     launch.place([(0, (p, *states))], stream)

@@ -137,8 +137,8 @@ class Stepper(_cuda.Stepper):
     def _room(self) -> _Room:
         return _Room(self.driver, self._device)
 
-    def prepare(self, rules: Sequence[Rule], by_row: bool) -> None:
-        super().prepare(rules, by_row)
+    def prepare(self, rules: Sequence[Rule], by_row: bool, norm: bool) -> None:
+        super().prepare(rules, by_row, norm)
         for rule, part in zip(rules, self._parts, strict=True):
             if by_row:
                 self._row_kernel(rule, part.dtype)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fused_adam import _rules
+from fused_adam import _coefficients, _rules
 from fused_adam._codegen import Rule, cuda
 
 THREADS = 256  # of a block
@@ -20,10 +20,34 @@ _ARGUMENT_BYTES = 4096  # what every device and driver passes to a kernel by val
 _NUMBERS = {np.dtype(np.float32): ("float", "f32"), np.dtype(np.float64): ("double", "f64")}
 
 
+# The structs of control.cuh and prologue.cu, and how many numbers these have room for.
+FORMULAS = ("", *_coefficients.FORMULAS)  # in the order of coefficients.cuh; the first has constants only
+MOST_ARGUMENTS, MOST_RESULTS, MOST_COEFFICIENTS = 6, 7, 24
+UNSCALING, CLIPPING = -1, -2  # sources of a coefficient
+COEFFICIENT_BYTES = 8 * MOST_COEFFICIENTS
+CONTROL = np.dtype(
+    [("t", "i8"), ("skipped", "i8"), ("skips", "i8"), ("norm", "f8"), ("factor", "f8"), ("unmoved", "i8")]
+)
+SCALAR = np.dtype([("kind", "i8"), ("at", "i8"), ("value", "f8")])
+KINDS = {np.dtype(np.float32): 1, np.dtype(np.float64): 2, np.dtype(np.bool_): 3, np.dtype(np.uint8): 3}
+GROUP = np.dtype(
+    [
+        ("formula", "i8"),
+        ("arguments", "f8", (MOST_ARGUMENTS,)),
+        ("wide", "i8"),
+        ("count", "i8"),
+        ("coefficients", "i8"),
+        ("source", "i8", (MOST_COEFFICIENTS,)),
+        ("constants", "f8", (MOST_COEFFICIENTS,)),
+    ]
+)
+SUMS = 64 * 72  # int64 that norm.cu adds to
+
+
 class Source(NamedTuple):
     """text: of the translation unit. name: of its kernel. segment, arguments: the structs of step.cu as NumPy types.
 
-    groups: how many groups' coefficients the arguments hold.
+    groups: how many groups' coefficients the arguments hold, or may point to.
     """
 
     text: str
@@ -42,6 +66,26 @@ class RowsSource(NamedTuple):
     arguments: np.dtype[Any]
 
 
+class NormSource(NamedTuple):
+    """As `Source`, of the kernel of norm.cu."""
+
+    text: str
+    name: str
+    segment: np.dtype[Any]
+    arguments: np.dtype[Any]
+
+
+class PrologueSource(NamedTuple):
+    """As `Source`, of the kernel of prologue.cu."""
+
+    text: str
+    name: str
+    arguments: np.dtype[Any]
+
+
+Made = Source | RowsSource | NormSource | PrologueSource
+
+
 def folder() -> Path:
     """Where the kernels are: beside the modules of an installed package, else in the checkout."""
     package = Path(__file__).parents[1]
@@ -53,31 +97,41 @@ def _text(name: str) -> str:
     return (folder() / name).read_text()
 
 
-def _unit(rule: Rule, dtype: np.dtype[Any], name: str, constants: str, shell: str, sizes: str) -> str:
+def _unit(rule: Rule, dtype: np.dtype[Any], name: str, constants: str, shell: str, sizes: str, head: str = "") -> str:
     """What a kernel is made of stands in kernels/, but for a rule of the user's own."""
-    number, compute = _NUMBERS[dtype]
     where = {"p": "p", "g": "g"}
     where |= {n: f"states[{k}]" for k, n in enumerate(rule.states)}
     where |= {n: f"c[{k}]" for k, n in enumerate(rule.coefficients)}
-    built_in = rule.file == _rules.__file__
-    rules = (
-        _text("rules.cuh") if built_in else f"namespace own {{  // may be called like anything here\n{cuda(rule)}}}\n"
-    )
-    scope = "" if built_in else "own::"
-    calls = [f"    {scope}{part.name}({', '.join(where[n] for n in part.arguments)});" for part in rule.parts]
+    rules, calls = [], []
+    if any(part.file == _rules.__file__ for part in rule.parts):
+        rules.append(_text("rules.cuh"))
+    for part in rule.parts:
+        built_in = part.file == _rules.__file__
+        if not built_in:
+            rules.append(f"namespace own {{  // may be called like anything here\n{cuda(part)}}}\n")
+        arguments = ", ".join(where[n] for n in part.arguments)
+        calls.append(f"    {'' if built_in else 'own::'}{part.name}({arguments});")
+    flags = f"constexpr bool ZEROES = {str(rule.zeroes).lower()}, COUNTS = {str(rule.counts).lower()};"
     glue = [
-        f"typedef {number} Number;",
-        f"typedef {compute} T;",
+        *_types(dtype, name),
         f"constexpr int STATES = {len(rule.states)}, COEFFICIENTS = {coefficients_of(rule)}{constants};",
-        f"#define NAME {name}",
+        *([flags] if shell == "step.cu" else []),
         "",
         "__device__ __forceinline__ void update(T& p, T g, T* states, const T* c) {",
         *calls,
         "}",
         "",
     ]
-    asserted = f'static_assert({sizes}, "the host lays the arguments out differently");\n'
-    return "\n".join([_text("step.cuh"), rules, *glue, _text(shell), asserted])
+    return "\n".join([_text("step.cuh"), head, *rules, *glue, _text(shell), _asserted(sizes)])
+
+
+def _types(dtype: np.dtype[Any], name: str) -> list[str]:
+    number, compute = _NUMBERS[dtype]
+    return [f"typedef {number} Number;", f"typedef {compute} T;", f"#define NAME {name}"]
+
+
+def _asserted(sizes: str) -> str:
+    return f'static_assert({sizes}, "the host lays the arguments out differently");\n'
 
 
 def coefficients_of(rule: Rule) -> int:
@@ -90,9 +144,9 @@ def _states(rule: Rule) -> tuple[str, str, tuple[int]]:
 
 
 @cache
-def source(rule: Rule, dtype: np.dtype[Any]) -> Source:
-    """One kernel for one rule and type."""
-    name = f"{rule.name}_{_NUMBERS[dtype][1]}"
+def source(rule: Rule, dtype: np.dtype[Any], on_device: bool = False) -> Source:
+    """One kernel for one rule and type. on_device: its coefficients are those that prologue.cu leaves in memory."""
+    name = f"{rule.name}{'_on_device' * on_device}_{_NUMBERS[dtype][1]}"
     coefficients = coefficients_of(rule)
     segment = np.dtype([("n", "i8"), ("first", "i8"), ("group", "i8"), ("p", "i8"), _states(rule)])
     head: list[tuple[Any, ...]] = [("segments", "i8"), ("gradients", "i8"), ("segment_of_chunk", "i8"), ("chunk", "i8")]
@@ -101,10 +155,43 @@ def source(rule: Rule, dtype: np.dtype[Any]) -> Source:
     groups = min(MAX_GROUPS, room // (coefficients * dtype.itemsize))
     if groups < 1:
         raise ValueError(f"rule {rule.name!r} has {coefficients} coefficients, more than a CUDA kernel takes")
-    arguments = np.dtype([*head, ("coefficients", dtype, (groups, coefficients))], align=True)
+    if on_device:
+        groups = 2**31  # any number
+        arguments = np.dtype([*head, ("control", "i8"), ("coefficients", "i8")])
+        more = "#define ON_DEVICE\n" + _text("control.cuh")
+    else:
+        arguments = np.dtype([*head, ("coefficients", dtype, (groups, coefficients))], align=True)
+        more = ""
     sizes = f"sizeof(Segment) == {segment.itemsize} && sizeof(Arguments) == {arguments.itemsize}"
-    text = _unit(rule, dtype, name, f", GROUPS = {groups}", "step.cu", sizes)
+    sizes += f" && COEFFICIENT_BYTES == {COEFFICIENT_BYTES}" * on_device
+    constants = "" if on_device else f", GROUPS = {groups}"
+    text = _unit(rule, dtype, name, constants, "step.cu", sizes, more)
     return Source(text, name, segment, arguments, groups)
+
+
+@cache
+def norm_source(dtype: np.dtype[Any]) -> NormSource:
+    """The kernel that adds up the squares of all gradients of a type."""
+    name = f"norm_{_NUMBERS[dtype][1]}"
+    segment = np.dtype([("n", "i8"), ("first", "i8")])
+    integers = [(field, "i8") for field in ("segments", "gradients", "segment_of_chunk", "chunk")]
+    arguments = np.dtype([*integers, ("segment", segment), ("gradient", "i8"), ("scale", SCALAR), ("sums", "i8")])
+    sizes = f"sizeof(Segment) == {segment.itemsize} && sizeof(Arguments) == {arguments.itemsize}"
+    sizes += f" && COPIES * SET == {SUMS}"
+    parts = [*map(_text, ("step.cuh", "control.cuh", "digits.cuh")), *_types(dtype, name), _text("norm.cu")]
+    return NormSource("\n".join([*parts, _asserted(sizes)]), name, segment, arguments)
+
+
+@cache
+def prologue_source() -> PrologueSource:
+    """The kernel of one block that goes before a step whose scalars are on the device."""
+    integers = [(field, "i8") for field in ("control", "groups", "count", "narrow", "wide", "sums")]
+    scalars = [("scale", SCALAR), ("found", SCALAR)]
+    arguments = np.dtype([*integers, ("max_norm", "f8"), ("skip_nonfinite", "i8"), *scalars])
+    sizes = f"sizeof(Control) == {CONTROL.itemsize} && sizeof(Group) == {GROUP.itemsize} && "
+    sizes += f"sizeof(Arguments) == {arguments.itemsize} && COPIES * SET == {SUMS}"
+    parts = [*map(_text, ("step.cuh", "control.cuh", "digits.cuh", "coefficients.cuh")), "#define NAME prologue"]
+    return PrologueSource("\n".join([*parts, _text("prologue.cu"), _asserted(sizes)]), "prologue", arguments)
 
 
 @cache

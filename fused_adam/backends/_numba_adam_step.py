@@ -12,8 +12,8 @@ from numba import types
 
 from fused_adam import _checks, _coefficients
 from fused_adam._codegen import Rule, bind
-from fused_adam.backends._numba_kernels import kernel
-from fused_adam.backends.numba_cpu import CHUNK, COEFFICIENTS, F64, I64, INTS, SERIAL_BELOW, TABLE, chunk, jit, launch
+from fused_adam.backends._numba_kernels import CHUNK, kernel
+from fused_adam.backends.numba_cpu import COEFFICIENTS, F64, I64, INTS, SERIAL_BELOW, TABLE, chunk, jit, launch
 
 # Addresses of the kernels of adam_step: [float32 or float64, rule + 3 * maximize], 0 until compiled.
 _ADAM = ("adam", "adamw", "adam_l2")

@@ -22,7 +22,7 @@ from numba.cuda.extending import intrinsic
 
 from fused_adam._codegen import OPERATORS, Rule
 from fused_adam.backends import _cuda_source
-from fused_adam.backends._cuda_source import THREADS
+from fused_adam.backends._cuda_source import THREADS, NormSource, Source
 from fused_adam.backends._numba_kernels import cached
 
 # Four blocks on a multiprocessor, as in step.cu. They fit because Numba optimizes when it links, where it finds
@@ -102,6 +102,7 @@ def on_device(dtype: np.dtype[Any]) -> dict[str, Any]:
             store = f"st.global{hint}{wide} [$0], {_registers(1, n)};"
             names[f"_load{n}{suffix}"] = asm(load, numbers, types.int64, memory=True)
             names[f"_store{n}{suffix}"] = asm(store, types.void, types.int64, numbers, memory=True)
+    names["_number"] = dtype.type
     for t in ("int32", "int64"):
         names[f"_{t}"] = asm(f"ld.global.s{t[3:]} $0, [$1];", types.int64, types.int64, memory=True)
     return names
@@ -121,6 +122,23 @@ def printed(node: ast.expr) -> str:
         return f"{OPERATORS[type(node.op)]}({printed(node.left)}, {printed(node.right)})"
     assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     return f"{node.func.id}({', '.join(printed(a) for a in node.args)})"
+
+
+def fields(struct: np.dtype[Any], at: str) -> dict[str, str]:
+    """Where the members of a struct are, as expressions."""
+    return {name: f"{at} + {field[1]}" for name, field in struct.fields.items()}  # type: ignore[union-attr]
+
+
+def find(made: Source | NormSource) -> list[str]:
+    """Sets _segment, the address of that of this block of threads, and _gradient, where that of its gradient is."""
+    a = fields(made.arguments, "_a")
+    return [
+        f"    _segment, _gradient = {a['segment']}, {a['gradient']}",
+        f"    if _int64({a['segments']}) != 0:",
+        f"        _k = _int32(_int64({a['segment_of_chunk']}) + 4 * _cuda.blockIdx.x)",
+        f"        _segment = _int64({a['segments']}) + {made.segment.itemsize} * _k",
+        f"        _gradient = _int64({a['gradients']}) + 8 * _k",
+    ]
 
 
 def _pass(rule: Rule, size: int, n: int, unroll: int, end: str, before: list[str]) -> Iterator[str]:
@@ -151,33 +169,33 @@ def _pass(rule: Rule, size: int, n: int, unroll: int, end: str, before: list[str
             lines += [f"{a} = _{u}{j}_{a}" for a in arrays]
             lines += [*before, *(f"{a.target} = {printed(a.value)}" for a in rule.assignments)]
             lines += [f"_{u}{j}_{a} = {a}" for a in rule.outputs]
-        yield from indented(u, [*lines, *(f"{access('_store', u, a)}, ({held(u, a)}))" for a in rule.outputs)])
+        stores = [f"{access('_store', u, a)}, ({held(u, a)}))" for a in rule.outputs]
+        if rule.zeroes:
+            stores.insert(1, f"{access('_store', u, 'g')}, ({'_zero, ' * n}))")
+        yield from indented(u, [*lines, *stores])
     yield from (f"        __{a} += {unroll} * _stride" for a in arrays)
 
 
 def source(rule: Rule, dtype: np.dtype[Any]) -> str:
     """kernel(_a) for the address of the arguments of `_cuda_source`. Lengths are in bytes, all integers of 64 bits."""
+    assert not rule.counts, "whoever wants to count takes another backend"
     size = dtype.itemsize
     wide, unroll = 16 // size, 8 // size  # float64 would spill with 2 accesses a batch
     arrays = ("p", "g", *rule.states)
     made = _cuda_source.source(rule, dtype)
-    a = {name: f"_a + {field[1]}" for name, field in made.arguments.fields.items()}  # type: ignore[union-attr]
-    s = {name: f"_segment + {field[1]}" for name, field in made.segment.fields.items()}  # type: ignore[union-attr]
+    a, s = fields(made.arguments, "_a"), fields(made.segment, "_segment")
     row = made.arguments["coefficients"].shape[1] * size
     coefficients = [f"{name}, = _load1(_c + {k * size})" for k, name in enumerate(rule.coefficients)]
     # Doubles would hold so many registers through the loop that it would spill: each element reads them from the cache.
     once, each = (coefficients, []) if size == 4 else ([], coefficients)
     lines = [
         "def kernel(_a):",
-        f"    _segment, _gradient = {a['segment']}, {a['gradient']}",
-        f"    if _int64({a['segments']}) != 0:",
-        f"        _k = _int32(_int64({a['segment_of_chunk']}) + 4 * _cuda.blockIdx.x)",
-        f"        _segment = _int64({a['segments']}) + {made.segment.itemsize} * _k",
-        f"        _gradient = _int64({a['gradients']}) + 8 * _k",
+        *find(made),
         f"    __p, __g = _int64({s['p']}), _int64(_gradient)",
         *(f"    __{name} = _int64({s['states']} + {8 * k})" for k, name in enumerate(rule.states)),
         f"    _c = {a['coefficients']} + {row} * _int64({s['group']})",
         *(f"    {line}" for line in once),
+        *["    _zero = _number(0)"] * rule.zeroes,
         f"    _chunk = {size} * _int64({a['chunk']})",
         f"    _lo = (_cuda.blockIdx.x - _int64({s['first']})) * _chunk",
         f"    _hi = {size} * _int64({s['n']})",
@@ -201,15 +219,18 @@ def source(rule: Rule, dtype: np.dtype[Any]) -> str:
 _HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
-def define(text: str, rule: Rule, dtype: np.dtype[Any], names: dict[str, Any]) -> Callable[[int], None]:
-    """A printed kernel over `names`: `on_device`, or the tests' stand-ins for Numba's simulator."""
+def define(text: str, file: str, name: str, names: dict[str, Any]) -> Callable[[int], None]:
+    """A printed kernel over `names`: `on_device`, or the tests' stand-ins for Numba's simulator.
+
+    file: of what it is printed from. name: its own.
+    """
     scope = {"__name__": __name__, "_cuda": cuda, **names}  # Numba imports a cached function's module
-    # Under the rules file's name, or Numba would find no place for its disk cache; the hash in the function's name
-    # keeps a changed rule, loop or dtype from finding an old entry.
-    exec(compile(text, rule.file, "exec"), scope)
+    # Under a file's name, or Numba would find no place for its disk cache; the hash in the function's name keeps a
+    # changed rule, loop or dtype from finding an old entry.
+    exec(compile(text, file, "exec"), scope)
     function: Callable[[int], None] = scope["kernel"]
-    digest = hashlib.sha256(f"{text}{dtype}{_HASH}".encode()).hexdigest()[:12]
-    function.__name__ = function.__qualname__ = f"{rule.name}_{dtype}_{digest}"
+    digest = hashlib.sha256(f"{text}{name}{_HASH}".encode()).hexdigest()[:12]
+    function.__name__ = function.__qualname__ = f"{name}_{digest}"
     return function
 
 
@@ -219,5 +240,5 @@ def kernel(rule: Rule, dtype: np.dtype[Any]) -> Any:
 
     address: of the arguments (see `_cuda_source.source`) in device memory.
     """
-    function = define(source(rule, dtype), rule, dtype, on_device(dtype))
+    function = define(source(rule, dtype), rule.file, f"{rule.name}_{dtype}", on_device(dtype))
     return cached(lambda cache, **_: cuda.jit(cache=cache, **OPTIONS)(function))

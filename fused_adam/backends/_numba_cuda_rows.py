@@ -11,7 +11,7 @@ from numba.cuda import types
 
 from fused_adam._codegen import Rule
 from fused_adam.backends._cuda_source import THREADS, coefficients_of, rows_source
-from fused_adam.backends._numba_cuda_kernels import asm, define, on_device, printed
+from fused_adam.backends._numba_cuda_kernels import asm, define, fields, on_device, printed
 from fused_adam.backends._numba_kernels import cached
 
 # Of two numbers below 2**32: Numba's own // would be of 64 bits, which takes four times as long.
@@ -20,12 +20,13 @@ _QUOTIENT = "{ .reg .u32 x, y; cvt.u32.u64 x, $1; cvt.u32.u64 y, $2; div.u32 x, 
 
 def source(rule: Rule, dtype: np.dtype[Any]) -> str:
     """kernel(_a) for the address of the arguments of `_cuda_source.rows_source`; all integers have 64 bits."""
+    assert not (rule.zeroes or rule.counts), "as in rows.cu"
     size = dtype.itemsize
     made = rows_source(rule, dtype)
-    a = {name: f"_int64(_a + {field[1]})" for name, field in made.arguments.fields.items()}  # type: ignore[union-attr]
-    offsets = {name: field[1] for name, field in made.gathered.fields.items()}  # type: ignore[union-attr]
-    s = {name: f"_int64(_s + {offset})" for name, offset in offsets.items()}
-    states = [(name, f"_int64(_s + {offsets['states'] + 8 * k})") for k, name in enumerate(rule.states)]
+    a = {name: f"_int64({at})" for name, at in fields(made.arguments, "_a").items()}
+    where = fields(made.gathered, "_s")
+    s = {name: f"_int64({at})" for name, at in where.items()}
+    states = [(name, f"_int64({where['states']} + {8 * k})") for k, name in enumerate(rule.states)]
     coefficients = [f"{name}, = _load1(_c + {k * size})" for k, name in enumerate(rule.coefficients)]
 
     def gradient(indent: str) -> list[str]:
@@ -101,6 +102,6 @@ def options(dtype: np.dtype[Any]) -> dict[str, Any]:
 def rows_kernel(rule: Rule, dtype: np.dtype[Any]) -> Any:
     """Launched as `_numba_cuda_kernels.kernel`, with the arguments of `_cuda_source.rows_source`."""
     quotient = asm(_QUOTIENT, types.int64, types.int64, types.int64)
-    names = {**on_device(dtype), "_quotient": quotient, "_number": dtype.type, "_min": min}
-    function = define(source(rule, dtype), rule, dtype, names)
+    names = {**on_device(dtype), "_quotient": quotient, "_min": min}
+    function = define(source(rule, dtype), rule.file, f"{rule.name}_{dtype}", names)
     return cached(lambda cache, **_: cuda.jit(cache=cache, **options(dtype))(function))

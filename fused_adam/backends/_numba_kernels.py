@@ -21,6 +21,8 @@ from numba.extending import intrinsic
 
 from fused_adam._codegen import Rule, numba_source
 
+CHUNK = 2**16  # elements a thread takes at a time
+
 # IEEE division vectorises; fastmath stays off: it changes bits.
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "cache": True}
 
@@ -89,6 +91,8 @@ def _compile(rule: Rule, dtype: np.dtype[Any]) -> Any:
         "__name__": __name__,  # Numba imports a cached function's module
         "_view": view_of,
         "_T": numba.from_dtype(dtype),
+        "_I64": types.int64,
+        "_CHUNK": CHUNK,
         "sqrt": math.sqrt,
         "absolute": abs,
         "sign": _sign,

@@ -14,8 +14,8 @@ from numba.extending import intrinsic
 
 from fused_adam._arrays import Array, address
 from fused_adam._sparse import Gather
-from fused_adam.backends._numba_kernels import view_of
-from fused_adam.backends.numba_cpu import CHUNK, COEFFICIENTS, F64, I64, INTS, TABLE, Loops, call, chunk
+from fused_adam.backends._numba_kernels import CHUNK, view_of
+from fused_adam.backends.numba_cpu import COEFFICIENTS, F64, I64, INTS, TABLE, Loops, call, chunk
 
 _AHEAD = 8  # pieces for whose memory it asks early: that of scattered rows no processor foresees
 _LINE = 64  # bytes of the cache

@@ -11,8 +11,9 @@ import numpy as np
 
 from fused_adam._arrays import Array
 from fused_adam._codegen import Rule
-from fused_adam.backends import _cuda, _cuda_rows
-from fused_adam.backends._cuda_source import THREADS, RowsSource, Source
+from fused_adam._cuda_arrays import zero
+from fused_adam.backends import _cuda, _cuda_guard
+from fused_adam.backends._cuda_source import THREADS, Made
 
 # What CuPy appends, -ftz=true among it, changes no bit: see kernels/step.cuh.
 _OPTIONS = ("-std=c++17",)
@@ -66,6 +67,11 @@ class _Table:
             if wait:
                 cupy.cuda.runtime.streamSynchronize(stream)
 
+    def read(self, a: Array) -> None:
+        with cupy.cuda.Device(self._device), _named(f"reading {a.nbytes} bytes from GPU {self._device}"):
+            cupy.cuda.runtime.deviceSynchronize()
+            cupy.cuda.runtime.memcpy(a.ctypes.data, self.address, a.nbytes, cupy.cuda.runtime.memcpyDeviceToHost)
+
 
 class _Event:
     def __init__(self, device: int) -> None:
@@ -88,12 +94,12 @@ class _Event:
 
 
 class _Driver:
-    def kernel(self, made: Source | RowsSource, rule: Rule, dtype: np.dtype[Any], device: int) -> _cuda.Kernel:
+    def kernel(self, made: Made, rule: Rule | None, dtype: np.dtype[Any], device: int) -> _cuda.Kernel:
         if (made.text, device) not in _kernels:
             _kernels[made.text, device] = self._compile(made, device)
         return _kernels[made.text, device]
 
-    def _compile(self, made: Source | RowsSource, device: int) -> _cuda.Kernel:
+    def _compile(self, made: Made, device: int) -> _cuda.Kernel:
         with cupy.cuda.Device(device), _named(f"compiling {made.name}"):
             function = cupy.RawModule(code=made.text, options=_OPTIONS).get_function(made.name).kernel
         launch = f"launching {made.name} on GPU {device}"
@@ -118,6 +124,10 @@ class _Driver:
             return int(cupy.cuda.get_current_stream().ptr)
         return int(cupy.cuda.get_current_stream(device).ptr)
 
+    def zero(self, address: int, nbytes: int, device: int, stream: int) -> None:
+        with cupy.cuda.Device(device), _named(f"zeroing {nbytes} bytes on GPU {device}"):
+            zero(address, nbytes, stream)
+
     def event(self, device: int) -> _cuda.Event:
         return _Event(device)
 
@@ -132,7 +142,7 @@ class _Driver:
 _driver = _Driver()
 
 
-class Stepper(_cuda_rows.Stepper):
+class Stepper(_cuda_guard.DeviceGuard):
     driver = _driver
 
 

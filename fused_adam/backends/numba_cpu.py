@@ -23,12 +23,12 @@ from numba.extending import intrinsic
 from fused_adam import _checks, _coefficients
 from fused_adam._arrays import Array, address
 from fused_adam._codegen import Rule
+from fused_adam._guard import Guard
 from fused_adam._layout import FlatBuffer
 from fused_adam._sparse import Gather
 from fused_adam.backends import PID, DeferredInterrupt, Gradients, Loose, Rows
-from fused_adam.backends._numba_kernels import cached, kernel
+from fused_adam.backends._numba_kernels import CHUNK, cached, kernel
 
-CHUNK = 2**16  # elements a thread takes at a time
 SERIAL_BELOW = 2**18  # elements; below, waking the threads costs more than they save
 COLUMNS = 2  # n and part stand before the addresses
 
@@ -194,6 +194,11 @@ def _address(column: Any, k: Any, itemsize: Any, g: Any) -> Any:
     return True
 
 
+def _plain(given: Loose) -> list[Array]:
+    """Gradients that were found right, 1-D."""
+    return [_checks.gradient(*x) for x in zip(given.names, given.arrays, given.parameters, strict=True)]
+
+
 def _chunks(rows: Array) -> Array:
     """The number of each row's first chunk, and how many there are."""
     return np.concatenate([[0], np.cumsum(-(-rows[:, 0] // CHUNK))]).astype(np.int64)
@@ -207,7 +212,8 @@ class Stepper:
         self._t = t
         self._writes = writes
         rows = [(k, row) for k, part in enumerate(parts) for row in part.rows]
-        self._rows = np.zeros((len(rows), COLUMNS + 1 + max(len(row) for _, row in rows)), np.int64)
+        # the last column is for the address of counts
+        self._rows = np.zeros((len(rows), COLUMNS + 2 + max(len(row) for _, row in rows)), np.int64)
         for r, (k, (p, *states)) in enumerate(rows):
             addresses = [address(p), 0, *map(address, states)]
             self._rows[r, : COLUMNS + len(addresses)] = [p.size, k, *addresses]
@@ -220,21 +226,31 @@ class Stepper:
         self._rules: list[Rule] = []
         self._kernels = np.zeros(len(parts), np.int64)
         self._coefficients = np.zeros((len(parts), 1))
+        self._counts = np.zeros(0, np.int64)  # of each chunk, if rules count
 
-    def prepare(self, rules: Sequence[Rule], by_row: bool) -> None:
-        """by_row: for `step_rows`."""
+    def prepare(self, rules: Sequence[Rule], by_row: bool, norm: bool) -> None:
+        """by_row: for `step_rows`. norm: for one that needs it."""
         self._take(rules)
         ready(self._n, importlib.import_module("fused_adam.backends._numba_rows").LOOPS if by_row else _LOOPS)
+        if norm:
+            ready(self._n, importlib.import_module("fused_adam.backends._numba_norm").LOOPS)
 
     def _use(self, rules: Sequence[Rule], coefficients: Sequence[Sequence[float]]) -> None:
         if self._rules != rules:
             self._take(rules)
+        self._set(coefficients)
+
+    def _set(self, coefficients: Sequence[Sequence[float]]) -> None:
         for k, values in enumerate(coefficients):
             self._coefficients[k, : len(values)] = values
 
     def _take(self, rules: Sequence[Rule]) -> None:
         kernels = [kernel(rule, part.dtype) for rule, part in zip(rules, self._parts, strict=True)]
         coefficients = np.zeros((len(rules), max(1, *(len(rule.coefficients) for rule in rules))))
+        if rules[0].counts and not len(self._counts):
+            self._counts = np.zeros(self._first[-1], np.int64)
+            for row, first in zip(self._rows, self._first.tolist(), strict=False):
+                row[COLUMNS + 1 + len(self._parts[row[1]].rows[0])] = address(self._counts) + 8 * first
         # all or nothing: kernels of other rules than self._rules would run unnoticed
         self._kernels, self._coefficients, self._rules = np.array(kernels, np.int64), coefficients, list(rules)
 
@@ -243,14 +259,47 @@ class Stepper:
     ) -> None:
         """Step number t, with a rule, its coefficients and its gradients for each part."""
         self._use(rules, coefficients)
-        alive = []  # copies that must outlive the launch
+        alive = self._bind_all(gradients)
+        launch(self._n, self._rows, self._first, self._kernels, self._coefficients, self._t, t)
+        del alive  # copies that had to outlive the launch
+
+    def step_guarded(self, t: int, rules: Sequence[Rule], gradients: Sequence[Gradients], guard: Guard) -> None:
+        """`step` with the coefficients that the guard decides on, or no step."""
+        if self._rules != rules:
+            self._take(rules)
+        alive = self._bind_all(gradients)
+        if guard.settings.zeroes:
+            _checks.zeroable(gradients)
+        total = None
+        if guard.settings.wants_norm:
+            from fused_adam.backends import _numba_norm  # compiled only where it is needed
+
+            dtypes = [part.dtype for part in self._parts]
+            total = _numba_norm.total(self._n, self._rows, self._first, dtypes, guard.unscaling)
+        coefficients = guard.decide(total)
+        if coefficients is not None:
+            self._set(coefficients)
+            guard.count = lambda: int(self._counts.sum())
+            launch(self._n, self._rows, self._first, self._kernels, self._coefficients, self._t, t)
+        elif guard.settings.zeroes:
+            # Every view is made before the first write.
+            each = [g for given in gradients for g in (given.runs if isinstance(given, FlatBuffer) else _plain(given))]
+            fills = [g.view(np.uint8).fill for g in each]
+            with DeferredInterrupt():
+                for fill in fills:
+                    fill(0)
+        del alive
+
+    def _bind_all(self, gradients: Sequence[Gradients]) -> list[list[Array]]:
+        """Check the gradients and write their addresses. Returns copies that must outlive the launch."""
+        alive = []
         parts = zip(self._parts, self._gradients, self._nbytes, gradients, strict=True)
         for part, column, nbytes, given in parts:
             if isinstance(given, FlatBuffer):
                 column[:] = given.addresses
             else:
                 alive.append(self._bind(part, column, nbytes, given))
-        launch(self._n, self._rows, self._first, self._kernels, self._coefficients, self._t, t)
+        return alive
 
     def step_rows(
         self,

@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 from numba import config, cuda
-from numba.cuda.cudadrv.driver import CudaAPIError, host_to_device
+from numba.cuda.cudadrv.driver import CudaAPIError, device_to_host, host_to_device
 
 from fused_adam._arrays import Array
 from fused_adam._codegen import Rule
-from fused_adam._cuda_arrays import is_capturing
-from fused_adam.backends import _cuda, _cuda_rows
-from fused_adam.backends._cuda_source import THREADS, RowsSource, Source
+from fused_adam._cuda_arrays import is_capturing, zero
+from fused_adam.backends import _cuda, _cuda_guard
+from fused_adam.backends._cuda_source import THREADS, Made, NormSource, RowsSource
 from fused_adam.backends._numba_cuda_kernels import kernel
+from fused_adam.backends._numba_cuda_norm import norm_kernel
 from fused_adam.backends._numba_cuda_rows import rows_kernel
 
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
@@ -90,6 +91,11 @@ class _Table:
             if wait:
                 _stream(self._device, stream).synchronize()
 
+    def read(self, a: Array) -> None:
+        with _on(self._device, f"reading {a.nbytes} bytes"):
+            cuda.synchronize()
+            device_to_host(a, self._bytes, a.nbytes)
+
 
 class _Event:
     def __init__(self, device: int) -> None:
@@ -107,8 +113,13 @@ class _Event:
 
 
 class _Driver:
-    def kernel(self, made: Source | RowsSource, rule: Rule, dtype: np.dtype[Any], device: int) -> _cuda.Kernel:
-        dispatcher = (rows_kernel if isinstance(made, RowsSource) else kernel)(rule, dtype)
+    def kernel(self, made: Made, rule: Rule | None, dtype: np.dtype[Any], device: int) -> _cuda.Kernel:
+        """rule: None for the norm."""
+        if isinstance(made, NormSource):
+            dispatcher = norm_kernel(dtype)
+        else:
+            assert rule is not None
+            dispatcher = (rows_kernel if isinstance(made, RowsSource) else kernel)(rule, dtype)
         with _on(device, f"compiling {made.name}"):
             dispatcher.compile("void(int64)")
         copied = self.table(made.arguments.itemsize, device)
@@ -140,6 +151,10 @@ class _Driver:
             return int(cupy.cuda.get_current_stream(device).ptr)
         return _cuda.stream_address(cuda.default_stream())
 
+    def zero(self, address: int, nbytes: int, device: int, stream: int) -> None:
+        with _on(device, f"zeroing {nbytes} bytes"):
+            zero(address, nbytes, stream)
+
     def event(self, device: int) -> _cuda.Event:
         return _Event(device)
 
@@ -150,7 +165,7 @@ class _Driver:
 _driver = _Driver()
 
 
-class Stepper(_cuda_rows.Stepper):
+class Stepper(_cuda_guard.HostGuard):
     driver = _driver
 
 

@@ -12,12 +12,16 @@ import numpy as np
 from fused_adam import _checks
 from fused_adam._arrays import Array, address
 from fused_adam._codegen import Rule, numpy_kernel
+from fused_adam._guard import Guard
 from fused_adam._layout import FlatBuffer
+from fused_adam._norm import Total, block_sums
 from fused_adam._sparse import Gather
 from fused_adam.backends import DeferredInterrupt, Gradients, Loose, Rows
 
 # Elements a chunk: five float32 streams and the scratch rows of one chunk fit in a 1 MiB L2 cache.
 CHUNK = 2**15
+
+_MANY = 64  # chunks whose sums of squares are added up together
 
 _local = threading.local()
 _kernels: dict[Rule, tuple[Callable[..., None], int]] = {}
@@ -57,8 +61,53 @@ def _quiet() -> contextvars.Context:
 _Call = tuple[Callable[..., Any], list[Any]]
 
 
-def _calls(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states: Sequence[Array]) -> list[_Call]:
-    """A kernel call for each chunk. Every view is made here, before the first write.
+_ZERO = np.zeros((), np.uint8)
+
+
+def _zeroing(g: Array) -> _Call:
+    """Of two arguments, as other calls: ufuncs find the free tuples of one gone otherwise, and allocate in mid-step."""
+    return np.copyto, [g.view(np.uint8), _ZERO]
+
+
+class _Counter:
+    """Counts, element by element of a chunk, how often p stays although g is not 0. Nothing allocates in mid-step."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self._old, self._moving = np.empty(CHUNK, dtype), np.empty(CHUNK, dtype)
+        self._mask = np.empty(CHUNK, np.bool_)
+        # A chunk of one element is stepped as one of two, of which the second means nothing.
+        self._counts, self._of_one = np.zeros(CHUNK, dtype), np.zeros(2, dtype)
+        self._zero = np.zeros((), dtype)
+
+    def around(self, call: _Call, p: Array, g: Array, one: bool) -> list[_Call]:
+        """A kernel's call on p and g between those that count."""
+        n = p.size
+        old, moving, mask = self._old[:n], self._moving[:n], self._mask[:n]
+        counts = self._of_one if one else self._counts[:n]
+        return [
+            (np.copyto, [old, p]),
+            (np.not_equal, [g, self._zero, mask]),
+            (np.copyto, [moving, mask]),
+            call,
+            (np.equal, [old, p, mask]),
+            (np.copyto, [old, mask]),
+            (np.multiply, [old, moving, old]),
+            (np.add, [counts, old, counts]),
+        ]
+
+    def __int__(self) -> int:
+        return int(self._counts.sum(dtype=np.float64)) + int(self._of_one[0])
+
+
+def _calls(
+    rule: Rule,
+    coefficients: Sequence[float],
+    p: Array,
+    g: Array,
+    states: Sequence[Array],
+    counter: _Counter | None = None,
+) -> list[_Call]:
+    """A kernel call for each chunk. Every view is made here, before the first write. counter: for a rule that counts.
 
     For misaligned arrays, and to write one element in place, a ufunc allocates, which could fail in mid-step: these go
     through scratch rows, by plain copies of bytes.
@@ -82,8 +131,11 @@ def _calls(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states
                 write_back.append((np.copyto, [outside, inside]))
             chunk[k] = scratch[rows + k][: max(n, 2)]
         rest = whole if n == CHUNK else [*scalars, *(r[: max(n, 2)] for r in (*scratch[:rows], mask)), zero]
-        calls.append((f, chunk + rest))
+        call: _Call = (f, chunk + rest)
+        calls += [call] if counter is None else counter.around(call, chunk[0], chunk[1], n == 1)
         calls += write_back
+        if rule.zeroes:
+            calls.append(_zeroing(g[lo : lo + n]))
     return calls
 
 
@@ -136,11 +188,13 @@ def _row_calls(rule: Rule, moved: Gather, p: Array, values: Array, states: Seque
 
 def _execute(calls: Sequence[_Call], t: Array, t_new: int) -> None:
     quiet = _quiet()
+    # As tuples, or each call would make its own: for more than 20 arguments, as many preludes need, with new memory.
+    made = [(f, tuple(arguments)) for f, arguments in calls]
     with DeferredInterrupt():
-        quiet.run(_call_all, calls, t, t_new)
+        quiet.run(_call_all, made, t, t_new)
 
 
-def _call_all(calls: Sequence[_Call], t: Array, t_new: int) -> None:
+def _call_all(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], t: Array, t_new: int) -> None:
     for f, arguments in calls:
         f(*arguments)
     t[0] = t_new
@@ -165,8 +219,8 @@ class Stepper:
         self._t = t
         self._writes = writes
 
-    def prepare(self, rules: Sequence[Rule], by_row: bool) -> None:
-        """by_row: for `step_rows`."""
+    def prepare(self, rules: Sequence[Rule], by_row: bool, norm: bool) -> None:
+        """by_row: for `step_rows`. norm: for one that needs it."""
         for part, rule in zip(self._parts, rules, strict=True):
             used = kernel(rule)[1] + 2 + len(rule.states)
             _scratch(used + (3 + len(rule.states)) * by_row, part.dtype)
@@ -176,14 +230,61 @@ class Stepper:
     ) -> None:
         """Step number t, with a rule, its coefficients and its gradients for each part."""
         calls: list[_Call] = []
-        for part, rule, values, given in zip(self._parts, rules, coefficients, gradients, strict=True):
-            if isinstance(given, FlatBuffer):
-                rows, gs = part.runs, given.runs
-            else:
-                rows, gs = part.rows, self._checked(given)
+        for rule, values, (rows, gs) in zip(rules, coefficients, self._pairs(gradients), strict=True):
             for (p, *states), g in zip(rows, gs, strict=True):
                 calls += _calls(rule, values, p, g, states)
         _execute(calls, self._t, t)
+
+    def step_guarded(self, t: int, rules: Sequence[Rule], gradients: Sequence[Gradients], guard: Guard) -> None:
+        """`step` with the coefficients that the guard decides on, or no step."""
+        pairs = self._pairs(gradients)
+        if guard.settings.zeroes:
+            _checks.zeroable(gradients)
+        total = self._total(pairs, guard) if guard.settings.wants_norm else None
+        coefficients = guard.decide(total)
+        calls: list[_Call] = []
+        if coefficients is None:
+            if guard.settings.zeroes:
+                calls = [_zeroing(g) for _, gs in pairs for g in gs]
+            _execute(calls, self._t, t - 1)
+            return
+        counters = []
+        for part, rule, values, (rows, gs) in zip(self._parts, rules, coefficients, pairs, strict=True):
+            counter = _Counter(part.dtype) if rule.counts else None
+            counters += [counter] if counter is not None else []
+            for (p, *states), g in zip(rows, gs, strict=True):
+                calls += _calls(rule, values, p, g, states, counter)
+        guard.count = lambda: sum(map(int, counters))
+        _execute(calls, self._t, t)
+
+    def _pairs(self, gradients: Sequence[Gradients]) -> list[tuple[list[Any], list[Array]]]:
+        """For each part the rows to step over and the gradient of each, checked."""
+        return [
+            (part.runs, given.runs) if isinstance(given, FlatBuffer) else (part.rows, self._checked(given))
+            for part, given in zip(self._parts, gradients, strict=True)
+        ]
+
+    def _total(self, pairs: Sequence[tuple[Any, Sequence[Array]]], guard: Guard) -> Total:
+        total = Total()
+        rows = np.empty(CHUNK), np.empty(CHUNK // 4)
+        found: list[Array] = []  # sums of several chunks: few of them are added up as slowly as many
+        with np.errstate(all="ignore"):
+            for part, (_, gs) in zip(self._parts, pairs, strict=True):
+                unscaling = part.dtype.type(guard.unscaling[part.dtype])
+                for g in gs:
+                    for lo in range(0, g.size, CHUNK):
+                        x = g[lo : lo + CHUNK]
+                        x = x if unscaling == 1 else x * unscaling
+                        sums = block_sums(x, rows)
+                        # Of finite float32 numbers no sum overflows; of float64 it may.
+                        total.finite = total.finite and (bool(np.isfinite(sums).all()) or bool(np.isfinite(x).all()))
+                        found.append(sums.copy())
+                        if len(found) == _MANY:
+                            total.add(np.concatenate(found))
+                            found.clear()
+        if found:
+            total.add(np.concatenate(found))
+        return total
 
     def step_rows(
         self,
