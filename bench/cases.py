@@ -129,6 +129,28 @@ def splats() -> dict[str, Call]:
     }
 
 
+def clipping(n: int) -> dict[str, Call]:
+    """AdamW of one parameter whose gradient is clipped to a global norm: ours in the step, PyTorch's before it."""
+    import torch
+
+    rng = np.random.default_rng(0)
+    p, g = (rng.standard_normal(n, dtype=np.float32) * np.float32(1e-3) for _ in range(2))
+    plain, clipped = (fused_adam.AdamW(p.copy(), **HYPER, max_grad_norm=most) for most in (None, 1e-2))
+    tensor = torch.nn.Parameter(torch.from_numpy(p))
+    tensor.grad = torch.from_numpy(g.copy())
+    by_torch = torch.optim.AdamW([tensor], fused=True, **HYPER)
+
+    def step_torch() -> None:
+        torch.nn.utils.clip_grad_norm_([tensor], 1e-2)
+        by_torch.step()
+
+    return {
+        "fused_adam": lambda: plain.step(g),
+        "fused_adam clip": lambda: clipped.step(g),
+        "torch clip": step_torch,
+    }
+
+
 def many(shapes: Sequence[int]) -> dict[str, Call]:
     """One AdamW over many small parameters: ours flat, ours as a list, torch fused."""
     import torch
