@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from operator import is_
 from types import FrameType, ModuleType, TracebackType
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fused_adam._arrays import AnyArray
+from fused_adam._arrays import AnyArray, Array
 from fused_adam._cuda_arrays import no_device
 from fused_adam._layout import FlatBuffer
 
@@ -142,6 +142,16 @@ class Loose(NamedTuple):
 
 
 Gradients = FlatBuffer | Loose
+
+
+class Placed(NamedTuple):
+    """Gradients in host memory that the caller has checked, each in the memory order of its parameter.
+
+    addresses: of each, int64. arrays: makes 1-D arrays of them, for a backend that needs some.
+    """
+
+    addresses: Array
+    arrays: Callable[[], list[Any]]
 
 
 class DeferredInterrupt:

@@ -26,7 +26,7 @@ from fused_adam._codegen import Rule
 from fused_adam._guard import Guard
 from fused_adam._layout import FlatBuffer
 from fused_adam._sparse import Gather
-from fused_adam.backends import PID, DeferredInterrupt, Gradients, Loose, Rows
+from fused_adam.backends import PID, DeferredInterrupt, Gradients, Loose, Placed, Rows
 from fused_adam.backends._numba_kernels import CHUNK, cached, kernel
 
 SERIAL_BELOW = 2**18  # elements; below, waking the threads costs more than they save
@@ -255,7 +255,11 @@ class Stepper:
         self._kernels, self._coefficients, self._rules = np.array(kernels, np.int64), coefficients, list(rules)
 
     def step(
-        self, t: int, rules: Sequence[Rule], coefficients: Sequence[Sequence[float]], gradients: Sequence[Gradients]
+        self,
+        t: int,
+        rules: Sequence[Rule],
+        coefficients: Sequence[Sequence[float]],
+        gradients: Sequence[Gradients | Placed],
     ) -> None:
         """Step number t, with a rule, its coefficients and its gradients for each part."""
         self._use(rules, coefficients)
@@ -290,12 +294,12 @@ class Stepper:
                     fill(0)
         del alive
 
-    def _bind_all(self, gradients: Sequence[Gradients]) -> list[list[Array]]:
+    def _bind_all(self, gradients: Sequence[Gradients | Placed]) -> list[list[Array]]:
         """Check the gradients and write their addresses. Returns copies that must outlive the launch."""
         alive = []
         parts = zip(self._parts, self._gradients, self._nbytes, gradients, strict=True)
         for part, column, nbytes, given in parts:
-            if isinstance(given, FlatBuffer):
+            if isinstance(given, FlatBuffer | Placed):
                 column[:] = given.addresses
             else:
                 alive.append(self._bind(part, column, nbytes, given))

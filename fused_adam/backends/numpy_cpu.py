@@ -16,7 +16,7 @@ from fused_adam._guard import Guard
 from fused_adam._layout import FlatBuffer
 from fused_adam._norm import Total, block_sums
 from fused_adam._sparse import Gather
-from fused_adam.backends import DeferredInterrupt, Gradients, Loose, Rows
+from fused_adam.backends import DeferredInterrupt, Gradients, Loose, Placed, Rows
 
 # Elements a chunk: five float32 streams and the scratch rows of one chunk fit in a 1 MiB L2 cache.
 CHUNK = 2**15
@@ -226,7 +226,11 @@ class Stepper:
             _scratch(used + (3 + len(rule.states)) * by_row, part.dtype)
 
     def step(
-        self, t: int, rules: Sequence[Rule], coefficients: Sequence[Sequence[float]], gradients: Sequence[Gradients]
+        self,
+        t: int,
+        rules: Sequence[Rule],
+        coefficients: Sequence[Sequence[float]],
+        gradients: Sequence[Gradients | Placed],
     ) -> None:
         """Step number t, with a rule, its coefficients and its gradients for each part."""
         calls: list[_Call] = []
@@ -257,12 +261,15 @@ class Stepper:
         guard.count = lambda: sum(map(int, counters))
         _execute(calls, self._t, t)
 
-    def _pairs(self, gradients: Sequence[Gradients]) -> list[tuple[list[Any], list[Array]]]:
+    def _pairs(self, gradients: Sequence[Gradients | Placed]) -> list[tuple[list[Any], list[Array]]]:
         """For each part the rows to step over and the gradient of each, checked."""
-        return [
-            (part.runs, given.runs) if isinstance(given, FlatBuffer) else (part.rows, self._checked(given))
-            for part, given in zip(self._parts, gradients, strict=True)
-        ]
+        pairs: list[tuple[list[Any], list[Array]]] = []
+        for part, given in zip(self._parts, gradients, strict=True):
+            if isinstance(given, FlatBuffer):
+                pairs.append((part.runs, given.runs))
+            else:
+                pairs.append((part.rows, given.arrays() if isinstance(given, Placed) else self._checked(given)))
+        return pairs
 
     def _total(self, pairs: Sequence[tuple[Any, Sequence[Array]]], guard: Guard) -> Total:
         total = Total()

@@ -1,0 +1,255 @@
+"""What the optimizer classes for torch share: the step, loading, pickling, and the flat layout."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from itertools import chain
+from operator import is_
+from typing import Any, ClassVar, TypedDict
+
+import torch
+from torch import Tensor
+from torch._C._autograd import _profiler_enabled
+from torch.optim import optimizer as _torch
+
+from fused_adam import _base, _checks
+from fused_adam._update import Update
+from fused_adam.backends import check_name
+from fused_adam.torch import _tensors
+from fused_adam.torch._binding import Binding, Family
+from fused_adam.torch._flat import Flat
+
+# Arguments of torch's that are refused unless they are false.
+_REFUSED = {
+    "differentiable": "a fused step is not recorded by autograd",
+    "capturable": "there is no CUDA graph to capture in host memory",
+}
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of every class beside torch's; see `AdamW`."""
+
+    flat: bool
+    backend: str
+    amp_scaling: bool
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` whose step is one pass over all parameters of all groups; the base of the classes.
+
+    The states are torch's, in ``self.state``; a `Binding` steps them in place where they are.
+    """
+
+    _flat_class: ClassVar[type[_base.Optimizer]]  # of this package: its rules, coefficients and checks are used
+    _family: ClassVar[Family]
+    _names: ClassVar[tuple[str, ...]]  # of the hyperparameters that it takes
+    _ready = False
+    _step_supports_amp_scaling = False
+    _bound: Binding | None = None
+    _flat: Flat | None = None
+    _backend = "auto"
+
+    def _set_up(self, flat: bool = False, backend: str = "auto", amp_scaling: bool = False) -> None:
+        """What constructors do once torch's have: torch sets up the groups, and raises its own errors, first."""
+        self._backend = check_name(backend)
+        self._step_supports_amp_scaling = _checks.flag("amp_scaling", amp_scaling)
+        self._known: list[tuple[list[Any], Update]] = []
+        self._updates()
+        if _checks.flag("flat", flat):
+            self._flat = Flat(self._parameters())
+        self._ready = True
+
+    def _parameters(self) -> Iterable[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    # --- hyperparameters --------------------------------------------------------------------------------------------
+
+    def _class_for(self, group: Mapping[str, Any]) -> type[_base.Optimizer]:
+        return self._flat_class
+
+    def _asked(self, group: Mapping[str, Any]) -> Update:
+        """The rule and coefficients of a group. Raises TypeError or ValueError."""
+        for name, why in _REFUSED.items():
+            if group.get(name):
+                raise ValueError(f"{name}=True is not supported: {why}; leave it out, or use torch's class")
+        flat_class = self._class_for(group)
+        form = flat_class.__new__(flat_class)  # one without parameters, for its checks and formulas
+        numbers = {**form._later, **{name: _number(group[name]) for name in self._names if name in group}}
+        form._names = (*form._later, *self._names)
+        return form._update(form._check(numbers))
+
+    def _updates(self) -> list[Update]:
+        """Of each group, whose numbers are mostly the very objects that they were at the last step."""
+        groups = self.param_groups
+        if len(self._known) != len(groups):
+            self._known = [([], self._asked(group)) for group in groups]
+        for k, group in enumerate(groups):
+            values = [*group.values()]
+            last, _ = self._known[k]
+            if len(values) != len(last) or not all(map(is_, values, last)):
+                constant = all(_base._is_constant(group.get(name)) for name in (*self._names, *_REFUSED))
+                self._known[k] = values if constant else [], self._asked(group)
+        return [update for _, update in self._known]
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient, and their states, in place.
+
+        Args:
+            closure: computes the loss and the gradients anew, before the step.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: a parameter, gradient, state or hyperparameter is wrong. Nothing is
+                changed then.
+        """
+        given = () if closure is None else (closure,)
+        if torch.compiler.is_compiling():
+            return self._uncompiled_step(*given)
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _torch._global_optimizer_pre_hooks
+            or _torch._global_optimizer_post_hooks
+            or _profiler_enabled()
+        ):
+            return self._hooked_step(*given)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined] # torch's own wrapper takes as long as a small step
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale = None
+        if self._step_supports_amp_scaling:  # what GradScaler then sets for the time of its step
+            if _number(getattr(self, "found_inf", None)):
+                return loss
+            scale = _number(getattr(self, "grad_scale", None))
+            scale = None if scale is None else _checks.grad_scale(scale)
+        updates = self._updates()
+        bound = self._bound
+        gradients = None if bound is None else bound.current(self.param_groups, self.state, updates)
+        if bound is None or gradients is None:
+            bound = Binding(
+                self.param_groups, self.state, updates, self._family, self._initial, self._backend, self._flat
+            )
+            gradients = bound.first_gradients()
+        bound.step(self.state, updates, gradients, scale)
+        self._bound = bound
+        return loss
+
+    _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
+    _uncompiled_step = torch._disable_dynamo(_hooked_step)  # type: ignore[attr-defined] # it is compiled code
+
+    def _initial(self, p: Tensor) -> Tensor:
+        """What its states start from, in the memory order of its parameter."""
+        return torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; with ``flat=True`` gradients stay views of their buffer, which is zeroed in any case."""
+        if self._flat is None:
+            super().zero_grad(set_to_none)
+        else:
+            self._flat.zero(self._parameters())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. Raises TypeError or ValueError, too, for hyperparameters that this package refuses."""
+        super().add_param_group(param_group)
+        if not self._ready:  # torch's constructor, whose own checks come first
+            return
+        try:
+            self._updates()
+        except Exception:
+            del self.param_groups[-1]
+            raise
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: the states are the live tensors. The steps are copies, for they share one memory here."""
+        saved = super().state_dict()
+        states = saved.get("state", {})
+        for key, state in states.items():
+            if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
+                states[key] = {**state, "step": state["step"].clone()}
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict` of this class, or of torch's class of the same name.
+
+        Unlike torch, states keep their dtype: moments in float32 are not cast to that of a parameter. All tensors are
+        copied, into the memory order of their parameters.
+
+        Raises:
+            TypeError, ValueError: it does not fit this optimizer and its parameters. Nothing is changed then.
+        """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        saved_groups = deepcopy(state_dict["param_groups"])
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError("loaded state dict has a different number of parameter groups")
+        for saved, group in zip(saved_groups, self.param_groups, strict=True):
+            if len(saved["params"]) != len(group["params"]):
+                raise ValueError(
+                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+                )
+        state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+        homeless = dict(state_dict["state"])
+        for saved, group in zip(saved_groups, self.param_groups, strict=True):
+            ids = saved["params"]
+            saved.update({k: group[k] for k in group if k == "params" or k not in saved})
+            needed = [self._family.states[s] for s in self._asked(saved).rule.states]
+            for key, p in zip(ids, group["params"], strict=True):
+                if key in homeless:
+                    name = f'state_dict["state"][{key!r}]'
+                    state[p] = self._loaded(name, homeless.pop(key), p, needed)
+        state.update(homeless)  # what belongs to no parameter stays as it is, as in torch
+        self.__setstate__({"state": state, "param_groups": saved_groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _loaded(self, name: str, saved: Mapping[str, Any], p: Tensor, needed: list[str]) -> dict[str, Any]:
+        """A copy of one parameter's state."""
+        if self._family.counted and saved:
+            for called in ("step", *needed):
+                if called not in saved:
+                    kind = type(self).__name__
+                    raise ValueError(f"{name} has no {called!r}, only {[*saved]}; load a state of {kind}")
+            _tensors.steps(f'{name}["step"]', saved["step"])
+        state = {}
+        for called, value in saved.items():
+            if called in self._family.states.values() and isinstance(value, Tensor):
+                if value.shape != p.shape:
+                    shapes = f"{tuple(value.shape)} but its parameter has {tuple(p.shape)}"
+                    raise ValueError(f'{name}["{called}"] has shape {shapes}')
+                state[called] = _tensors.in_order_of(value, p) if _tensors.is_dense(p) else value.detach().clone()
+            else:
+                state[called] = deepcopy(value)
+        return state
+
+    def __getstate__(self) -> dict[str, Any]:
+        options = {"flat": self._flat is not None, "backend": self._backend}
+        return {**super().__getstate__(), "_options": {**options, "amp_scaling": self._step_supports_amp_scaling}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        options = state.pop("_options", None)
+        super().__setstate__(state)
+        self._bound, self._known = None, []
+        if options is not None:  # unpickled or copied, not loaded
+            self._set_up(**options)
+
+
+def _number(x: Any) -> Any:
+    """A hyperparameter without its tensors."""
+    if isinstance(x, tuple | list):
+        return tuple(map(_number, x))
+    return x.item() if isinstance(x, Tensor) and x.numel() == 1 else x

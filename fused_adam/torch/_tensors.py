@@ -1,0 +1,110 @@
+"""Torch tensors as rows of host memory: what can be stepped in place, and what has to be copied or refused."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_adam._arrays import Array
+
+# Complex numbers are stepped as pairs of real ones, as torch does.
+DTYPES: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.complex64: np.dtype(np.float32),
+    torch.complex128: np.dtype(np.float64),
+}
+
+
+def check_parameter(name: str, p: Tensor) -> None:
+    """Raises RuntimeError, TypeError or ValueError for one that cannot be stepped in place."""
+    _in_host_memory(name, p)
+    if p.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} has dtype {str(p.dtype).removeprefix('torch.')}; expected one of {known}")
+    if not is_dense(p):
+        hint = "make it so before it is a parameter, with .contiguous()"
+        raise ValueError(f"{name} has gaps or repeats in memory (strides {p.stride()} for {tuple(p.shape)}); {hint}")
+
+
+def _in_host_memory(name: str, t: Tensor) -> None:
+    """Raises unless the elements of t lie where it says: in plain strided host memory."""
+    if t.device.type == "cuda":
+        if importlib.util.find_spec("cupy") is None:
+            raise RuntimeError(f"{name} is on {t.device}; pip install 'fused-adam[cuda13]'")
+        fix = "step its .detach() with fused_adam.AdamW, or use torch's class"
+        raise RuntimeError(f"{name} is on {t.device}; fused_adam.torch steps host memory only: {fix}")
+    if t.device.type != "cpu":
+        raise RuntimeError(f"{name} is on {t.device}; fused_adam.torch steps host memory only: move it to the CPU")
+    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # a DTensor, a fake or quantized tensor, ...
+        raise TypeError(f"{name} is a {type(t).__name__}, which is no plain memory; pass its local tensor, .to_local()")
+    if t.layout is not torch.strided:
+        raise RuntimeError(f"{name} has layout {t.layout}; expected a dense tensor, .to_dense()")
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements fill their stretch of memory in some order, each once."""
+    expected = 1
+    if t.numel():
+        for stride, size in sorted(
+            (stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1
+        ):
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def row(t: Tensor) -> Array:
+    """The elements of a dense tensor in memory order: a 1-D view, which keeps the memory."""
+    elements: Array = t.detach().as_strided((t.numel(),), (1,)).numpy().view(DTYPES[t.dtype])
+    return elements
+
+
+def in_order_of(t: Tensor, p: Tensor) -> Tensor:
+    """A copy of t in the shape and memory order of a dense p, with t's own dtype."""
+    copy = torch.empty_strided(p.shape, p.stride(), dtype=t.dtype, device=p.device)
+    return copy.copy_(t.detach())
+
+
+def gradient(name: str, g: Tensor, p: Tensor) -> Tensor:
+    """A gradient in the memory order of its parameter: itself, or a copy.
+
+    Raises RuntimeError, TypeError or ValueError where it does not fit.
+    """
+    if g.layout is not torch.strided:
+        raise RuntimeError(f"{name} is sparse; sparse gradients are not supported: pass a dense one, .to_dense()")
+    _in_host_memory(name, g)
+    if g.dtype != p.dtype:
+        raise TypeError(f"{name} has dtype {g.dtype} but its parameter has {p.dtype}; pass .to({p.dtype})")
+    if g.shape != p.shape:
+        raise ValueError(f"{name} has shape {tuple(g.shape)} but its parameter has {tuple(p.shape)}")
+    if g.stride() == p.stride() and not g.is_conj() and not g.is_neg():
+        return g
+    return in_order_of(g, p)
+
+
+def state(name: str, s: Any, p: Tensor) -> Tensor:
+    """A parameter's state in its memory order: itself, or a copy. Raises TypeError or ValueError if it does not fit."""
+    if not isinstance(s, Tensor):
+        raise TypeError(f"{name} should be a tensor, got {type(s).__name__}")
+    if s.shape != p.shape:
+        raise ValueError(f"{name} has shape {tuple(s.shape)} but its parameter has {tuple(p.shape)}")
+    _in_host_memory(name, s)
+    if s.dtype != p.dtype:
+        raise TypeError(f"{name} has dtype {s.dtype} but its parameter has {p.dtype}; convert the one that is wrong")
+    return s if s.stride() == p.stride() else in_order_of(s, p)
+
+
+def steps(name: str, step: Any) -> int:
+    """The number of steps done, from torch's `step`: a tensor of one, or a number. Raises TypeError or ValueError."""
+    value = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} should be a number or a tensor of one, got {type(step).__name__}")
+    if not (0 <= value < 2**63 - 1 and value == int(value)):
+        raise ValueError(f"{name} should be a whole number of steps, got {value}")
+    return int(value)
