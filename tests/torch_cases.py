@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
-from conftest import missing, require
+import numpy as np
+import pytest
+from conftest import missing, require, same_bits
 
 torch = require("torch")
 if tuple(torch.__version__.split("+")[0].split(".")[:2]) != ("2", "13"):
     missing(f"torch {torch.__version__} is installed; the behaviour tested is that of 2.13")
+ours = importlib.import_module("fused_adam.torch")
 
 SHAPES = [(3, 5), (17,), (), (2, 3, 4), (0, 2)]
 STEPS = 6
@@ -21,6 +25,7 @@ FULL: list[tuple[str, dict[str, Any]]] = [
     ("AdamW", {"lr": 0.01, "amsgrad": True}),
     ("Lion", {"lr": 0.01, "weight_decay": 0.1}),
 ]
+full = pytest.mark.parametrize(("name", "kwargs"), FULL, ids=[name for name, _ in FULL])
 
 
 def parameters(dtype: Any = None, seed: int = 0) -> list[Any]:
@@ -56,3 +61,34 @@ def same_states(a: Any, b: Any, tolerance: float = 1e-9) -> None:
             assert x.shape == y.shape and x.dtype == y.dtype and x.stride() == y.stride(), name
             if y.numel():
                 assert float((x - y).abs().max()) <= tolerance * float(y.abs().max()), name
+
+
+def snapshot(opt: Any) -> list[Any]:
+    """Copies of all that a step writes."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    states = [s for p in params for s in opt.state.get(p, {}).values()]
+    return [t.detach().clone() for t in (*params, *states)]
+
+
+def refuses(opt: Any, kind: type[Exception], message: str) -> None:
+    """The next step raises, and changes nothing."""
+    before = snapshot(opt)
+    with pytest.raises(kind, match=message):
+        opt.step()
+    after = snapshot(opt)
+    assert len(before) == len(after) and all(map(same_bits, before, after))
+
+
+def one(shape: tuple[int, ...] = (4, 3), **kwargs: Any) -> tuple[Any, Any, Any]:
+    """A parameter with a gradient in ours and in torch's optimizer, stepped once."""
+    a = torch.nn.Parameter(torch.arange(float(np.prod(shape))).reshape(shape) / 7)
+    b = torch.nn.Parameter(a.detach().clone())
+    pair = ours.AdamW([a], lr=0.1, **kwargs), torch.optim.AdamW([b], lr=0.1, **kwargs)
+    for p, opt in zip((a, b), pair, strict=True):
+        p.grad = torch.linspace(-1, 1, p.numel()).reshape(shape)
+        opt.step()
+    return a, b, pair
+
+
+def image(memory_format: Any) -> Any:
+    return torch.linspace(-1, 1, 120).reshape(2, 3, 4, 5).to(memory_format=memory_format)

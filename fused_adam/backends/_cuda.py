@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from operator import is_
@@ -119,7 +120,7 @@ def blocks_of(counts: Array, total: int) -> tuple[int, Array, Array]:
 Row = tuple[int, Sequence[CudaArray]]  # group, (p, *states)
 
 
-class Launch:
+class Launch(ABC):
     """One launch over segments of memory and the gradient of each."""
 
     chunk = _CHUNK  # elements a block takes of many
@@ -138,9 +139,9 @@ class Launch:
         self._frozen = False
         self._kept: list[Table] = []
 
+    @abstractmethod
     def segment(self, row: Row) -> tuple[Any, ...]:
         """That of a row, as the kernel has it, with 0 for its first block."""
-        raise NotImplementedError
 
     def place(self, rows: Sequence[Row], stream: int) -> None:
         """Allocate and upload what does not change from step to step. Rows without elements get no segment."""
