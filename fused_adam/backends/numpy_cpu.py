@@ -274,7 +274,7 @@ class Stepper:
     def _total(self, pairs: Sequence[tuple[Any, Sequence[Array]]], guard: Guard) -> Total:
         total = Total()
         rows = np.empty(CHUNK), np.empty(CHUNK // 4)
-        found: list[Array] = []  # sums of several chunks: few of them are added up as slowly as many
+        found: list[Array] = []  # sums of several chunks: many at once are added up twice as fast
         with np.errstate(all="ignore"):
             for part, (_, gs) in zip(self._parts, pairs, strict=True):
                 unscaling = part.dtype.type(guard.unscaling[part.dtype])
