@@ -182,3 +182,29 @@ def many(shapes: Sequence[int]) -> dict[str, Call]:
         "fused_adam list": lambda: by_list.step(next(fresh)),
         "torch fused": by_torch.step,
     }
+
+
+def dropin(shapes: Sequence[int]) -> dict[str, Call]:
+    """AdamW over tensors of PyTorch's: its own, fused, and ours in both layouts, each with tensors of its own."""
+    import torch
+
+    import fused_adam.torch
+
+    def step(cls: Any, **options: Any) -> Call:
+        rng = np.random.default_rng(0)
+        values = [torch.from_numpy(rng.standard_normal(n, dtype=np.float32)) for n in shapes]
+        params = [torch.nn.Parameter(value.clone()) for value in values]
+        opt = cls(params, **HYPER, **options)
+        for p, value in zip(params, values, strict=True):
+            if p.grad is None:
+                p.grad = 1e-3 * value
+            else:
+                p.grad.copy_(1e-3 * value)
+        run: Call = opt.step
+        return run
+
+    return {
+        "fused_adam.torch": step(fused_adam.torch.AdamW),
+        "fused_adam.torch flat": step(fused_adam.torch.AdamW, flat=True),
+        "torch fused": step(torch.optim.AdamW, fused=True),
+    }

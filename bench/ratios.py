@@ -14,7 +14,20 @@ from typing import Any
 
 import fused_adam
 
-from .cases import NUMBA, NUMPY, ROOF, TEXTBOOK, THREADS, TORCH_FUSED, Candidate, Problem, clipping, many, splats
+from .cases import (
+    NUMBA,
+    NUMPY,
+    ROOF,
+    TEXTBOOK,
+    THREADS,
+    TORCH_FUSED,
+    Candidate,
+    Problem,
+    clipping,
+    dropin,
+    many,
+    splats,
+)
 from .report import disturbed, figures, progress, table
 from .timing import Call, Timing, measure, ratio
 
@@ -130,6 +143,16 @@ EXPERIMENTS = (
         ),
         sample_s=0.005,
     ),
+    Experiment(
+        "torch, 200 x 1,024",
+        lambda: dropin([1024] * 200),
+        (
+            Target("fused_adam.torch flat", "torch fused", 8.0),
+            Target("fused_adam.torch", "torch fused", 1.5),
+        ),
+        sample_s=0.005,
+    ),
+    Experiment("torch, 2^24", lambda: dropin([2**24]), (Target("fused_adam.torch", "torch fused", 0.97),), rounds=15),
     Experiment(
         "10^6 rows of 59",
         splats,

@@ -13,15 +13,15 @@ import numpy as np
 
 from fused_adam import _checks, _memory, _state_dict
 from fused_adam._arrays import AnyArray
-from fused_adam._codegen import Rule, behind
 from fused_adam._cuda_arrays import never_moves
-from fused_adam._guard import Guard, Settings, Stats
+from fused_adam._guard import Settings, Stats
 from fused_adam._layout import FlatBuffer, leaves, match, rebuild
 from fused_adam._norm import unscaling
 from fused_adam._part import Part
+from fused_adam._runner import Runner, is_scale
 from fused_adam._sparse import Gather, Mask, SparseGrad, gather, row_masks
 from fused_adam._update import Update
-from fused_adam.backends import LIBRARY, ON_GPU, DeferredInterrupt, Gradients, Loose, check_name, choose, load
+from fused_adam.backends import LIBRARY, Gradients, Loose, check_name, choose, load
 
 
 class Optimizer(ABC):
@@ -48,11 +48,7 @@ class Optimizer(ABC):
         hyperparameters: dict[str, Any],
         backend: str = "auto",
         per_row_step: bool = False,
-        skip_nonfinite: bool = False,
-        max_grad_norm: float | None = None,
-        zero_grads: bool = False,
-        count_unmoved: bool = False,
-        device_scalars: bool = False,
+        **settings: Any,
     ) -> None:
         if _is_groups(params):
             groups = [dict(group) for group in params]
@@ -67,13 +63,7 @@ class Optimizer(ABC):
         self._one_group = not _is_groups(params)
         self._names = tuple(hyperparameters)
         self.per_row_step = _checks.flag("per_row_step", per_row_step)
-        self.settings = Settings(
-            _checks.flag("skip_nonfinite", skip_nonfinite),
-            _checks.max_norm("max_grad_norm", max_grad_norm),
-            _checks.flag("zero_grads", zero_grads),
-            _checks.flag("count_unmoved", count_unmoved),
-            _checks.flag("device_scalars", device_scalars),
-        )
+        self.settings = Settings.checked(**settings)
         if self.per_row_step and self.settings.any:
             raise ValueError(f"per_row_step does not go with {self.settings.names}; leave one of them out")
         self._set_up(groups, backend)
@@ -133,7 +123,7 @@ class Optimizer(ABC):
             update = self._update(group)
             update.at(1)  # a rule of the user's may refuse them
             states = [(name, self._initial(group, name)) for name in update.rule.states]
-            _checks.coefficients([(f"initial {name}", x) for name, x in states], part.dtype)
+            _checks.coefficients([f"initial {name}" for name, _ in states], [x for _, x in states], part.dtype)
             self._allocate(part, states, memory)
         self.param_groups = groups
         # What gradients are matched to: the caller's own lists and dicts may change.
@@ -142,21 +132,13 @@ class Optimizer(ABC):
         self._t = np.zeros(1, np.int64)
         self._requested = backend
         self._last_update: dict[int, tuple[Sequence[Any], Update | None]] = {}
-        self._skipped = 0
-        self._last_guard: Guard | None = None
         parts = [part.rows() for part in self._parts]
         self._writes = _checks.Extents([a for part in parts for row in part.rows for a in row])
         self._stepper = load(self.backend).Stepper(parts, self._t, self._writes)
-        self._guarded = self.settings.any
-        self._on_device = False
-        if self.backend in ON_GPU and self.settings.on_device:
-            if self.backend != "cupy" and (self.settings.device_scalars or self.settings.counts):
-                name = "device_scalars" if self.settings.device_scalars else "count_unmoved"
-                raise ValueError(f"{name} needs the cupy backend, got {self.backend!r}; leave it out")
-            self._on_device = self.backend == "cupy"
+        self._runner = Runner(self._stepper, [part.dtype for part in self._parts], self.backend, self.settings)
+        self._on_device = self._runner.on_device
         if self._on_device:
-            self._stepper.keep(self.settings)
-            self._upload(wait=True)
+            self._runner.upload(self._updates(), wait=True)
         logging.getLogger("fused_adam").info("%s runs on the %s backend", type(self).__name__, self.backend)
 
     def _split(
@@ -195,9 +177,7 @@ class Optimizer(ABC):
 
     def prepare(self) -> None:
         """Compile and allocate now what the first step would."""
-        self._stepper.prepare(self._rules(self._updates(), 1.0), self.per_row_step, self.settings.wants_norm)
-        if self._on_device:
-            self._upload(wait=True)
+        self._runner.prepare(self._updates(), self.per_row_step)
 
     def set_lr(self, lr: float, group: int | None = None, *, stream: Any = None) -> None:
         """Change the learning rate of a group, or of all.
@@ -220,15 +200,11 @@ class Optimizer(ABC):
             for g in groups:
                 g["lr"] = checked
             if self._on_device:
-                self._upload(stream)
+                self._runner.upload(self._updates(), stream)
         except BaseException:
             for g, old in zip(groups, before, strict=True):
                 g["lr"] = old
             raise
-
-    def _upload(self, stream: Any = None, wait: bool = False) -> None:
-        updates = self._updates()
-        self._stepper.upload(updates, self._rules(updates, 1.0), stream, wait)
 
     def step(
         self, grads: Any, *, grad_scale: Any = 1.0, found_inf: Any = None, mask: Any = None, stream: Any = None
@@ -304,33 +280,28 @@ class Optimizer(ABC):
         masks = None if mask is None else self._masks(mask)
         masked = masks is not None and any(one is not None for some in masks for one in some)
         by_row = masked or self.per_row_step or any(map(_has_rows, gradients))
-        scaled = type(grad_scale) is not float or grad_scale != 1.0
-        guarded = self._guarded or scaled or found_inf is not None
-        if by_row and guarded:
+        scaled = is_scale(grad_scale)
+        if by_row and (self._runner.guarded or scaled or found_inf is not None):
             asked = self.settings.names or ("grad_scale" if found_inf is None else "found_inf")
             raise ValueError(f"{asked} does not go with steps over rows (SparseGrad, mask, per_row_step)")
         if scaled and isinstance(grad_scale, int | float | np.generic):
             grad_scale = self._check_scale(grad_scale)
-        options = () if stream is None else (stream,)
+        updates = self._updates()
         if self._on_device:
-            updates = self._updates()
-            rules = self._rules(updates, grad_scale)
-            self._stepper.step_on_device(updates, rules, gradients, grad_scale, found_inf, *options)
+            self._runner.step_on_device(updates, gradients, grad_scale, found_inf, stream)
             return
         t = self.t + 1
         if t > _checks.MAX_STEP:
             raise ValueError("the step count has reached 2**63 - 1")
-        updates = self._updates()
         values = [u.at(t) for u in updates]
         if not self.per_row_step:  # whose rows take others
             for part, u, xs in zip(self._parts, updates, values, strict=True):
-                _checks.coefficients(zip(u.rule.coefficients, xs, strict=True), part.dtype)
-        if guarded:
-            self._run_guarded(t, updates, values, gradients, grad_scale, found_inf, options)
-        elif by_row:
+                _checks.coefficients(u.rule.coefficients, xs, part.dtype)
+        options = () if stream is None else (stream,)
+        if by_row:
             self._run_rows(t, updates, values, gradients, masks or self._masks(None), options)
         else:
-            self._stepper.step(t, [u.rule for u in updates], values, gradients, *options)
+            self._runner.step(t, updates, values, gradients, grad_scale, found_inf, options)
 
     def _check_scale(self, grad_scale: Any) -> float:
         """A number by which gradients of all dtypes can be divided."""
@@ -339,48 +310,9 @@ class Optimizer(ABC):
             raise ValueError(f"grad_scale is {grad_scale}, of which the gradients' dtype has no inverse")
         return scale
 
-    def _rules(self, updates: Sequence[Update], grad_scale: Any) -> list[Rule]:
-        """Each part's, behind what its gradients pass first; on the device always the same, for replays."""
-        preludes = self.settings.preludes(self._on_device or type(grad_scale) is not float or grad_scale != 1.0)
-        return [behind(u.rule, preludes, self.settings.zeroes, self.settings.counts) for u in updates]
-
-    def _run_guarded(
-        self,
-        t: int,
-        updates: Sequence[Update],
-        values: Sequence[list[float]],
-        gradients: Sequence[Gradients],
-        grad_scale: Any,
-        found_inf: Any,
-        options: tuple[Any, ...],
-    ) -> None:
-        """`_run` of gradients that are unscaled, checked, clipped, counted or zeroed."""
-        rules = self._rules(updates, grad_scale)
-
-        def coefficients(inverse: Mapping[Any, float], clipping: float) -> list[list[float]]:
-            found = []
-            for part, u, xs, rule in zip(self._parts, updates, values, rules, strict=True):
-                known = {"unscaling": inverse[part.dtype], "clipping": clipping}
-                known.update(zip(u.rule.coefficients, xs, strict=True))
-                found.append([known[name] for name in rule.coefficients])
-            return found
-
-        scale, found = _checks.grad_scale(grad_scale), _checks.found_inf(found_inf)
-        guard = Guard(self.settings, scale, found, {part.dtype for part in self._parts}, coefficients)
-        skipped = self._skipped + 1  # here, for once the step is done nothing may fail
-        with DeferredInterrupt():  # one that came with the step would keep what it met from being known
-            self._stepper.step_guarded(t, rules, gradients, guard, *options)
-            if guard.skips:
-                self._skipped = skipped
-            self._last_guard = guard
-
     def last_stats(self) -> Stats:
         """What the last step met; see `Stats`. Where scalars are kept on a GPU it waits for the device."""
-        if self._on_device and self._stepper.ran:
-            return self.settings.stats(self._stepper.control())
-        if (last := self._last_guard) is None:
-            return Stats(None, None, self._skipped, None)
-        return Stats(last.norm, last.factor, self._skipped, last.count() if self.settings.counts else None)
+        return self._runner.last_stats()
 
     def _run_rows(
         self,
@@ -514,7 +446,7 @@ _MISSING = object()
 
 def _coefficients_at(t: int, part: Part, update: Update) -> list[float]:
     values = update.at(t)
-    _checks.coefficients(zip(update.rule.coefficients, values, strict=True), part.dtype)
+    _checks.coefficients(update.rule.coefficients, values, part.dtype)
     return values
 
 

@@ -160,10 +160,12 @@ HYPERPARAMETERS = {
 }
 
 
-def coefficients(values: Iterable[tuple[str, float]], dtype: np.dtype[Any]) -> None:
+def coefficients(names: Sequence[str], values: Sequence[float], dtype: np.dtype[Any]) -> None:
     """Raises ValueError for a coefficient that is not finite in the compute type."""
     limit = FLOAT32_LIMIT if dtype == np.float32 else math.inf
-    for name, value in values:
+    if sum(map(abs, values)) < limit:  # quickly, and false of NaN
+        return
+    for name, value in zip(names, values, strict=True):
         if not abs(value) <= limit or value in (math.inf, -math.inf):
             raise ValueError(f"coefficient {name} is {value}, which {dtype} cannot hold; use smaller hyperparameters")
 
@@ -272,7 +274,8 @@ def gradient(name: str, g: Any, p: AnyArray, stream: int = LEGACY_STREAM) -> Any
 def zeroable(given: Sequence[Any]) -> None:
     """Gradients that a step is to zero: writable, in the memory order of their parameters, no two sharing memory.
 
-    given: flat buffers, or (names, arrays, parameters, ...) of gradients that are right in all else.
+    given: flat buffers, gradients that were placed (addresses, nbytes), or (names, arrays, parameters, ...) of ones
+    that are right in all else.
     """
     extents: list[tuple[int, int, int]] = []  # start, end and the position of its name
     called: list[str] = []
@@ -282,6 +285,12 @@ def zeroable(given: Sequence[Any]) -> None:
             nbytes = some.layout.total * some.layout.dtype.itemsize
             extents.append((some.address, some.address + nbytes, len(called)))
             called.append("a flat buffer of gradients")
+            continue
+        if hasattr(some, "nbytes"):
+            for start, n in zip(some.addresses.tolist(), some.nbytes.tolist(), strict=True):
+                if n:
+                    extents.append((start, start + n, len(called)))
+                    called.append("the gradients of two parameters")
             continue
         names, arrays, parameters = some[:3]
         for name, given_g, p in zip(names, arrays, parameters, strict=True):
@@ -295,7 +304,7 @@ def zeroable(given: Sequence[Any]) -> None:
                 called.append(name)
     for (_, end, one), (start, _, other) in pairwise(sorted(extents)):
         if start < end:
-            names = " and ".join(called[k] for k in sorted((one, other)))
+            names = " and ".join(dict.fromkeys(called[k] for k in sorted((one, other))))
             raise ValueError(f"{names} share memory; zero_grads needs a gradient of its own for each")
 
 

@@ -7,23 +7,22 @@ Each function but `bias_correction` takes t, then the learning rate, and is in F
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import sqrt
 
 
+@lru_cache(maxsize=1024)  # of two steps one after the other, one at least starts from what the other has found
 def bias_correction(c: float, t: int) -> float:
     """``1 - (1 - c)**t`` without cancellation, for c in (0, 1] and t >= 0.
 
     Doubling from the most significant bit of t: q(2n) = q(n) (2 - q(n)), q(n + 1) = q(n) + c (1 - q(n)).
     """
-    q = 0.0
-    bit = 0
-    while (t >> bit) > 1:
-        bit += 1
-    while bit >= 0:
-        q = q * (2.0 - q)
-        if (t >> bit) & 1:
-            q = q + c * (1.0 - q)
-        bit -= 1
+    if t == 0:
+        return 0.0
+    q = bias_correction(c, t >> 1)
+    q = q * (2.0 - q)
+    if t & 1:
+        q = q + c * (1.0 - q)
     return q
 
 

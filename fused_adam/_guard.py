@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from fused_adam import _norm
+from fused_adam import _checks, _norm
 
 
 class Options(TypedDict, total=False):
@@ -51,6 +51,24 @@ class Settings(NamedTuple):
     zeroes: bool = False
     counts: bool = False
     device_scalars: bool = False
+
+    @classmethod
+    def checked(
+        cls,
+        skip_nonfinite: bool = False,
+        max_grad_norm: float | None = None,
+        zero_grads: bool = False,
+        count_unmoved: bool = False,
+        device_scalars: bool = False,
+    ) -> Settings:
+        """From arguments. Raises TypeError or ValueError."""
+        return cls(
+            _checks.flag("skip_nonfinite", skip_nonfinite),
+            _checks.max_norm("max_grad_norm", max_grad_norm),
+            _checks.flag("zero_grads", zero_grads),
+            _checks.flag("count_unmoved", count_unmoved),
+            _checks.flag("device_scalars", device_scalars),
+        )
 
     @property
     def names(self) -> str:

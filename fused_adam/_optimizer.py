@@ -420,7 +420,7 @@ def _adam_step(
     views = _checks.step_arrays(arrays)
     dtype = views[0].dtype
     values = update.at(t)
-    _checks.coefficients(zip(update.rule.coefficients, values, strict=True), dtype)
+    _checks.coefficients(update.rule.coefficients, values, dtype)
     p, g, *states = views
     load(choose(backend, p.size, _checks.device(p))).run(update.rule, values, p, g, states)
 

@@ -83,7 +83,9 @@ def load(optimizer: Optimizer, d: Mapping[str, Any]) -> None:
             number += 1
     writes += [(g.update, (values,)) for g, values in zip(optimizer.param_groups, hyperparameters, strict=True)]
     if optimizer._on_device:
-        writes += [(optimizer._upload, (None, True)), (optimizer._stepper.set_t, (t,))]
+        upload = optimizer._runner.upload
+        writes.append((lambda: upload(optimizer._updates(), wait=True), ()))
+        writes.append((optimizer._stepper.set_t, (t,)))
     writes.append((np.copyto, (optimizer._t, np.array([t], np.int64))))
     with DeferredInterrupt():
         for write, arguments in writes:

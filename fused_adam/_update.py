@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from fused_adam._codegen import Rule
@@ -24,7 +25,12 @@ class Update(NamedTuple):
 
     def at(self, t: int) -> list[float]:
         """The coefficients of step t >= 1, in the order of the rule."""
-        values = dict(self.constants)
-        if self.formula:
-            values.update(zip(self.names, self.formula(t, *self.arguments), strict=True))
-        return [*map(values.__getitem__, self.rule.coefficients)]
+        results = self.formula(t, *self.arguments) if self.formula else ()
+        values = (*results, *self.constants.values())
+        return [values[k] for k in _positions(self.rule.coefficients, (*self.names, *self.constants))]
+
+
+@lru_cache(maxsize=256)
+def _positions(wanted: tuple[str, ...], names: tuple[str, ...]) -> list[int]:
+    """Where each of the wanted names stands."""
+    return [names.index(name) for name in wanted]

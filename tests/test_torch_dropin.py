@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import same_bits
-from torch_cases import FULL, STEPS, close, give, parameters, same_states, torch
+from torch_cases import FULL, STEPS, close, give, parameters, refuses, same_states, torch
 
 import fused_adam
 import fused_adam.torch as ours
@@ -49,14 +49,19 @@ def test_foreach_and_fused_change_nothing(foreach: bool | None, fused: bool | No
         assert same_bits(x.detach(), y.detach())
 
 
-@pytest.mark.parametrize("argument", ["differentiable", "capturable"])
-def test_refuses_what_it_has_not(argument: str) -> None:
-    with pytest.raises(ValueError, match=f"{argument}=True is not supported: .*; leave it out"):
-        ours.AdamW(parameters(), **{argument: True})
-    opt = ours.AdamW(parameters())
-    opt.param_groups[0][argument] = True
-    with pytest.raises(ValueError, match=argument):
-        opt.step()
+def test_refuses_what_it_has_not() -> None:
+    with pytest.raises(ValueError, match=r"differentiable=True is not supported: .*; leave it out"):
+        ours.AdamW(parameters(), differentiable=True)
+    opt = ours.AdamW(params := parameters())
+    opt.param_groups[0]["differentiable"] = True
+    give(params, 0)
+    refuses(opt, ValueError, "differentiable")
+
+
+def test_capturable_is_for_a_gpu() -> None:
+    params = parameters()
+    give(params, 0)
+    refuses(ours.AdamW(params, capturable=True), ValueError, "capturable=True needs parameters on a GPU and CuPy")
 
 
 @full
@@ -255,7 +260,7 @@ def _bitsandbytes(saved: Any) -> Any:
 @pytest.mark.parametrize(
     ("layout", "convert"), [(_apex, "from_apex"), (_deepspeed, ""), (_bitsandbytes, "from_bitsandbytes")]
 )
-def test_the_migration_guide_carries_runs_over(layout: Any, convert: str) -> None:
+def test_runs_are_carried_over(layout: Any, convert: str) -> None:
     """States in the layout of another library, made of torch's: the run goes on as torch's does."""
     a, b = parameters(), parameters()
     start = [p.detach().clone() for p in a]
@@ -265,16 +270,43 @@ def test_the_migration_guide_carries_runs_over(layout: Any, convert: str) -> Non
             give(params, n)
             opt.step()
     saved = layout(before.state_dict())
-    scope: dict[str, Any] = {"torch": torch}
-    for block in BLOCKS[1:]:
-        exec(block, scope)
     after = ours.AdamW(a)
-    after.load_state_dict(scope[convert](saved) if convert else saved)
+    after.load_state_dict(getattr(ours, convert)(saved) if convert else saved)
     for n in range(STEPS, 2 * STEPS):
         for params, opt in ((a, after), (b, steady)):
             give(params, n)
             opt.step()
     close(a, b, start)
+
+
+REFUSED = [
+    ("from_apex", {"state": {}}, TypeError, "expected the state_dict"),
+    (
+        "from_apex",
+        {"state": {}, "param_groups": [{"params": [0]}]},
+        ValueError,
+        r"param_groups\[0\] should have a step",
+    ),
+    (
+        "from_apex",
+        {"state": {}, "param_groups": [{"params": [0], "step": 3, "bias_correction": False}]},
+        ValueError,
+        "bias_correction=False, which has no counterpart",
+    ),
+    (
+        "from_bitsandbytes",
+        {"state": {0: {"step": 1, "state1": 0, "qmap1": 0}}, "param_groups": []},
+        ValueError,
+        "8 bits",
+    ),
+    ("from_bitsandbytes", {"state": {0: {"step": 1}}, "param_groups": []}, ValueError, "should have step and state1"),
+]
+
+
+@pytest.mark.parametrize(("convert", "saved", "kind", "message"), REFUSED)
+def test_what_does_not_carry_over(convert: str, saved: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        getattr(ours, convert)(saved)
 
 
 def test_the_migration_guide_goes_both_ways() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib.util
 import re
 import signal
 import weakref
@@ -190,25 +189,10 @@ def test_complex_parameters(name: str, kwargs: dict[str, Any]) -> None:
     assert way > 0 and float((a.detach() - theirs).abs().max()) <= 1e-5 * way
 
 
-def test_cuda_parameters_are_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    with FakeTensorMode():
-        p = torch.nn.Parameter(torch.empty(2, device="cuda"))
-        p.grad = torch.empty(2, device="cuda")
-        opt = ours.SGD([p])
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(
-            RuntimeError, match=re.escape("params[0][0] is on cuda:0; pip install 'fused-adam[cuda13]'")
-        ):
-            opt.step()
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-        with pytest.raises(RuntimeError, match="host memory only"):
-            opt.step()
-
-
 def test_what_is_no_memory_is_refused() -> None:
     p = torch.nn.Parameter(torch.ones(2, device="meta"))
     p.grad = torch.ones(2, device="meta")
-    with pytest.raises(RuntimeError, match=r"params\[0\]\[0\] is on meta; .*: move it to the CPU"):
+    with pytest.raises(RuntimeError, match=r"params\[0\]\[0\] is on meta; .*: move it there"):
         ours.SGD([p]).step()
     with FakeTensorMode():
         p = torch.nn.Parameter(torch.ones(2))

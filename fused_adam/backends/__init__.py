@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
+import ctypes
 import importlib
 import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import compress
 from operator import is_
 from types import FrameType, ModuleType, TracebackType
@@ -145,13 +146,21 @@ Gradients = FlatBuffer | Loose
 
 
 class Placed(NamedTuple):
-    """Gradients in host memory that the caller has checked, each in the memory order of its parameter.
+    """Gradients that the caller has checked, each in the memory order of its parameter, and keeps during the step.
 
-    addresses: of each, int64. arrays: makes 1-D arrays of them, for a backend that needs some.
+    addresses, nbytes: of each, int64.
     """
 
     addresses: Array
-    arrays: Callable[[], list[Any]]
+    nbytes: Array
+
+    def arrays(self, part: Rows) -> list[Array]:
+        """Those in host memory, 1-D."""
+        each = zip(self.addresses.tolist(), self.nbytes.tolist(), strict=True)
+        return [np.frombuffer((ctypes.c_byte * n).from_address(a), part.dtype) if n else _NOTHING for a, n in each]
+
+
+_NOTHING = np.empty(0)
 
 
 class DeferredInterrupt:

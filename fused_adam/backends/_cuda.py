@@ -21,7 +21,7 @@ from fused_adam._arrays import Array, CudaArray
 from fused_adam._codegen import Rule
 from fused_adam._cuda_arrays import is_capturing
 from fused_adam._layout import FlatBuffer
-from fused_adam.backends import DeferredInterrupt, Gradients, Rows
+from fused_adam.backends import DeferredInterrupt, Gradients, Placed, Rows
 from fused_adam.backends._cuda_source import Made, NormSource, Source, source
 
 # Elements a block takes; while there are fewer of the larger chunks than a GPU runs blocks at once, the smaller.
@@ -228,7 +228,7 @@ class Stepper:
         self._device = next((a.device for a in arrays if a.device >= 0), 0)
         self._nbytes = {id(part): np.array([row[0].nbytes for row in part.rows], np.int64) for part in parts}
         self._plan: dict[tuple[Any, ...], list[tuple[list[int], StepLaunch]]] = {}
-        self._last: list[Gradients | None] = [None] * len(parts)
+        self._last: list[Gradients | Placed | None] = [None] * len(parts)
         self._pointers: list[Array] = [np.zeros(0, np.int64)] * len(parts)
         self._rules: Sequence[Rule] = []
         self._current: list[tuple[list[int], StepLaunch]] = []
@@ -246,7 +246,7 @@ class Stepper:
         t: int,
         rules: Sequence[Rule],
         coefficients: Sequence[Sequence[float]],
-        gradients: Sequence[Gradients],
+        gradients: Sequence[Gradients | Placed],
         stream: Any = None,
     ) -> None:
         """Step number t, with a rule, its coefficients and its gradients for each part."""
@@ -257,7 +257,7 @@ class Stepper:
             self._t[0] = t
         self._rules = rules
 
-    def _look(self, rules: Sequence[Rule], gradients: Sequence[Gradients], stream: int) -> None:
+    def _look(self, rules: Sequence[Rule], gradients: Sequence[Gradients | Placed], stream: int) -> None:
         """Make the launches fit for rules and gradients; those of the last step mostly do."""
         if not (rules == self._rules and all(map(is_, gradients, self._last))):
             if rules and rules[0].zeroes:
@@ -275,7 +275,9 @@ class Stepper:
         for parts, launch in self._current:
             launch([coefficients[k] for k in parts], stream)
 
-    def _look_again(self, rules: Sequence[Rule], gradients: Sequence[Gradients], stream: int) -> list[CudaArray]:
+    def _look_again(
+        self, rules: Sequence[Rule], gradients: Sequence[Gradients | Placed], stream: int
+    ) -> list[CudaArray]:
         """Check the gradients and give their addresses to all launches that fit them, before the first of these.
 
         Returns those that other libraries lent.
@@ -290,7 +292,9 @@ class Stepper:
         # What is not known by its object next time must not be kept from being freed; what belongs to another stream
         # has to be waited for each time.
         elsewhere = {a.stream for a in alive} - {None, stream or 1}
-        self._last = [g if isinstance(g, FlatBuffer) or (g.given and not elsewhere) else None for g in gradients]
+        self._last = [
+            g if isinstance(g, FlatBuffer | Placed) or (g.given and not elsewhere) else None for g in gradients
+        ]
         self._current = self._launches(rules, [isinstance(given, FlatBuffer) for given in gradients], stream)
         for parts, launch in self._current:
             launch.bind(np.concatenate([self._pointers[k] for k in parts]), stream)
@@ -331,11 +335,13 @@ class Stepper:
             for row in (self._parts[k].runs if flat[k] else self._parts[k].rows)
         ]
 
-    def _addresses(self, part: Rows, given: Gradients, stream: int, alive: list[CudaArray]) -> Array:
+    def _addresses(self, part: Rows, given: Gradients | Placed, stream: int, alive: list[CudaArray]) -> Array:
         """Of each run of a flat buffer, or of each gradient, which is checked first."""
         if isinstance(given, FlatBuffer):
             starts = np.array([start for start, _ in given.layout.runs], np.int64)
             return given.address + starts * part.dtype.itemsize
+        if isinstance(given, Placed):
+            return given.addresses
         addresses = np.zeros(len(given.arrays), np.int64)
         others: list[CudaArray] = []
         for k, (g, shape) in enumerate(zip(given.arrays, part.shapes, strict=True)):

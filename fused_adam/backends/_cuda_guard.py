@@ -21,7 +21,7 @@ from fused_adam._guard import Guard, Settings
 from fused_adam._layout import FlatBuffer
 from fused_adam._norm import LIMBS, Total
 from fused_adam._update import Update
-from fused_adam.backends import DeferredInterrupt, Gradients
+from fused_adam.backends import DeferredInterrupt, Gradients, Placed
 from fused_adam.backends import _cuda_source as text
 from fused_adam.backends._cuda import Kernel, Launch, Row, StepLaunch, Table, order, prepared
 from fused_adam.backends._cuda_rows import Stepper
@@ -53,7 +53,7 @@ class HostGuard(Stepper):
                 self._place_norms(flat, stream)
 
     def step_guarded(
-        self, t: int, rules: Sequence[Rule], gradients: Sequence[Gradients], guard: Guard, stream: Any = None
+        self, t: int, rules: Sequence[Rule], gradients: Sequence[Gradients | Placed], guard: Guard, stream: Any = None
     ) -> None:
         """`step` with the coefficients that the guard decides on, or no step; it waits for the norm it wants."""
         on = self._stream(stream)
@@ -102,7 +102,7 @@ class HostGuard(Stepper):
             self._norms[flat] = made
         return self._norms[flat]
 
-    def _bind_norms(self, gradients: Sequence[Gradients], stream: int) -> list[NormLaunch]:
+    def _bind_norms(self, gradients: Sequence[Gradients | Placed], stream: int) -> list[NormLaunch]:
         """Launches over the gradients that `_look` has found right."""
         found = self._place_norms(tuple(isinstance(given, FlatBuffer) for given in gradients), stream)
         for parts, launch in found:
@@ -119,7 +119,7 @@ class HostGuard(Stepper):
         """So that the next step does not add to what one left that failed half way."""
         self._sums.write(np.zeros(text.SUMS, np.int64), stream)
 
-    def _total(self, scale: float, gradients: Sequence[Gradients], stream: int) -> Total:
+    def _total(self, scale: float, gradients: Sequence[Gradients | Placed], stream: int) -> Total:
         launches = self._bind_norms(gradients, stream)
         found = np.zeros(text.SUMS, np.int64)
         try:
@@ -202,7 +202,7 @@ class DeviceGuard(HostGuard):
         self,
         updates: Sequence[Update],
         rules: Sequence[Rule],
-        gradients: Sequence[Gradients],
+        gradients: Sequence[Gradients | Placed],
         scale: Any,
         found: Any,
         stream: Any = None,
@@ -275,7 +275,7 @@ def _group(u: Update, rule: Rule, dtype: np.dtype[Any], coefficients: int) -> An
         most = text.MOST_COEFFICIENTS - len(rule.coefficients) + len(u.rule.coefficients)
         raise ValueError(f"rule {u.rule.name!r} has {len(u.rule.coefficients)} coefficients; {most} fit on the device")
     for t in (1, 2, _checks.MAX_STEP):  # between which all of them only grow or only fall
-        _checks.coefficients(zip(u.rule.coefficients, u.at(t), strict=True), dtype)
+        _checks.coefficients(u.rule.coefficients, u.at(t), dtype)
     group = np.zeros((), text.GROUP)
     group["formula"] = text.FORMULAS.index(u.formula.__name__) if u.formula else 0
     group["arguments"][: len(u.arguments)] = u.arguments

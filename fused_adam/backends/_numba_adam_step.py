@@ -26,10 +26,10 @@ def _adam_rule(variant: int) -> Rule:
     return bind(name, (("maximize",) if variant >= 3 else ()) + tuple(l2))
 
 
-_bias_correction = numba.njit(inline="always")(_coefficients.bias_correction)
-_adamw_coefficients = numba.njit(inline="always")(
-    FunctionType(_coefficients.adamw.__code__, {"sqrt": math.sqrt, "bias_correction": _bias_correction})
-)
+# The Python functions' own code, with what they call compiled too.
+_names: dict[str, Any] = {"sqrt": math.sqrt}
+_names["bias_correction"] = numba.njit(FunctionType(_coefficients.bias_correction.__wrapped__.__code__, _names))
+_adamw_coefficients = numba.njit(inline="always")(FunctionType(_coefficients.adamw.__code__, _names))
 
 
 @numba.njit(inline="always")

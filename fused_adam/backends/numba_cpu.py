@@ -194,8 +194,12 @@ def _address(column: Any, k: Any, itemsize: Any, g: Any) -> Any:
     return True
 
 
-def _plain(given: Loose) -> list[Array]:
+def _arrays(part: Rows, given: Gradients | Placed) -> list[Array]:
     """Gradients that were found right, 1-D."""
+    if isinstance(given, FlatBuffer):
+        return given.runs
+    if isinstance(given, Placed):
+        return given.arrays(part)
     return [_checks.gradient(*x) for x in zip(given.names, given.arrays, given.parameters, strict=True)]
 
 
@@ -267,7 +271,9 @@ class Stepper:
         launch(self._n, self._rows, self._first, self._kernels, self._coefficients, self._t, t)
         del alive  # copies that had to outlive the launch
 
-    def step_guarded(self, t: int, rules: Sequence[Rule], gradients: Sequence[Gradients], guard: Guard) -> None:
+    def step_guarded(
+        self, t: int, rules: Sequence[Rule], gradients: Sequence[Gradients | Placed], guard: Guard
+    ) -> None:
         """`step` with the coefficients that the guard decides on, or no step."""
         if self._rules != rules:
             self._take(rules)
@@ -287,7 +293,7 @@ class Stepper:
             launch(self._n, self._rows, self._first, self._kernels, self._coefficients, self._t, t)
         elif guard.settings.zeroes:
             # Every view is made before the first write.
-            each = [g for given in gradients for g in (given.runs if isinstance(given, FlatBuffer) else _plain(given))]
+            each = [g for part, given in zip(self._parts, gradients, strict=True) for g in _arrays(part, given)]
             fills = [g.view(np.uint8).fill for g in each]
             with DeferredInterrupt():
                 for fill in fills:
@@ -299,7 +305,7 @@ class Stepper:
         alive = []
         parts = zip(self._parts, self._gradients, self._nbytes, gradients, strict=True)
         for part, column, nbytes, given in parts:
-            if isinstance(given, FlatBuffer | Placed):
+            if isinstance(given, (FlatBuffer, Placed)):  # a tuple is asked three times as fast
                 column[:] = given.addresses
             else:
                 alive.append(self._bind(part, column, nbytes, given))

@@ -239,7 +239,9 @@ class Stepper:
                 calls += _calls(rule, values, p, g, states)
         _execute(calls, self._t, t)
 
-    def step_guarded(self, t: int, rules: Sequence[Rule], gradients: Sequence[Gradients], guard: Guard) -> None:
+    def step_guarded(
+        self, t: int, rules: Sequence[Rule], gradients: Sequence[Gradients | Placed], guard: Guard
+    ) -> None:
         """`step` with the coefficients that the guard decides on, or no step."""
         pairs = self._pairs(gradients)
         if guard.settings.zeroes:
@@ -268,7 +270,7 @@ class Stepper:
             if isinstance(given, FlatBuffer):
                 pairs.append((part.runs, given.runs))
             else:
-                pairs.append((part.rows, given.arrays() if isinstance(given, Placed) else self._checked(given)))
+                pairs.append((part.rows, given.arrays(part) if isinstance(given, Placed) else self._checked(given)))
         return pairs
 
     def _total(self, pairs: Sequence[tuple[Any, Sequence[Array]]], guard: Guard) -> Total:

@@ -15,16 +15,17 @@ from torch._C._autograd import _profiler_enabled
 from torch.optim import optimizer as _torch
 
 from fused_adam import _base, _checks
+from fused_adam._guard import Settings, Stats
 from fused_adam._update import Update
 from fused_adam.backends import check_name
 from fused_adam.torch import _tensors
-from fused_adam.torch._binding import Binding, Family
+from fused_adam.torch._binding import Binding
 from fused_adam.torch._flat import Flat
+from fused_adam.torch._members import Family
 
 # Arguments of torch's that are refused unless they are false.
 _REFUSED = {
     "differentiable": "a fused step is not recorded by autograd",
-    "capturable": "there is no CUDA graph to capture in host memory",
 }
 
 
@@ -34,6 +35,10 @@ class Options(TypedDict, total=False):
     flat: bool
     backend: str
     amp_scaling: bool
+    skip_nonfinite: bool
+    max_grad_norm: float | None
+    zero_grads: bool
+    count_unmoved: bool
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -51,10 +56,30 @@ class FusedOptimizer(torch.optim.Optimizer):
     _flat: Flat | None = None
     _backend = "auto"
 
-    def _set_up(self, flat: bool = False, backend: str = "auto", amp_scaling: bool = False) -> None:
+    def _set_up(
+        self,
+        flat: bool = False,
+        backend: str = "auto",
+        amp_scaling: bool = False,
+        skip_nonfinite: bool = False,
+        max_grad_norm: float | None = None,
+        zero_grads: bool = False,
+        count_unmoved: bool = False,
+    ) -> None:
         """What constructors do once torch's have: torch sets up the groups, and raises its own errors, first."""
         self._backend = check_name(backend)
         self._step_supports_amp_scaling = _checks.flag("amp_scaling", amp_scaling)
+        self._settings = Settings.checked(skip_nonfinite, max_grad_norm, zero_grads, count_unmoved)
+        self._options = Options(
+            flat=flat,
+            backend=backend,
+            amp_scaling=amp_scaling,
+            skip_nonfinite=skip_nonfinite,
+            max_grad_norm=max_grad_norm,
+            zero_grads=zero_grads,
+            count_unmoved=count_unmoved,
+        )
+        self._skipped = 0  # by bindings that are no more
         self._known: list[tuple[list[Any], Update]] = []
         self._updates()
         if _checks.flag("flat", flat):
@@ -128,30 +153,60 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale = None
+        scale: Any = 1.0
+        found: Any = None
         if self._step_supports_amp_scaling:  # what GradScaler then sets for the time of its step
-            if _number(getattr(self, "found_inf", None)):
-                return loss
-            scale = _number(getattr(self, "grad_scale", None))
-            scale = None if scale is None else _checks.grad_scale(scale)
+            scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            scale = 1.0 if scale is None else scale
         updates = self._updates()
-        bound = self._bound
-        gradients = None if bound is None else bound.current(self.param_groups, self.state, updates)
-        if bound is None or gradients is None:
-            bound = Binding(
-                self.param_groups, self.state, updates, self._family, self._initial, self._backend, self._flat
-            )
-            gradients = bound.first_gradients()
-        bound.step(self.state, updates, gradients, scale)
+        bound, gradients = self._bind(updates)
+        bound.step(self.state, updates, gradients, scale, found)
         self._bound = bound
         return loss
+
+    def _bind(self, updates: list[Update]) -> tuple[Binding, list[Tensor]]:
+        """What steps over the present gradients, and these."""
+        bound = self._bound
+        gradients = None if bound is None else bound.current(self.param_groups, self.state, updates)
+        if bound is not None and gradients is not None:
+            return bound, gradients
+        self._forget()
+        settings = self._settings
+        if any(group.get("capturable") for group in self.param_groups):
+            settings = settings._replace(device_scalars=True)
+        groups, state = self.param_groups, self.state
+        bound = Binding(groups, state, updates, self._family, self._initial, self._backend, self._flat, settings)
+        return bound, bound.first_gradients()
+
+    def _forget(self) -> None:
+        """Bind anew at the next step."""
+        if self._bound is not None:
+            self._bound.sync(self.state)
+            self._skipped += self._bound.last_stats().skipped
+            self._bound = None
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
     _uncompiled_step = torch._disable_dynamo(_hooked_step)  # type: ignore[attr-defined] # it is compiled code
 
-    def _initial(self, p: Tensor) -> Tensor:
-        """What its states start from, in the memory order of its parameter."""
-        return torch.zeros_like(p, memory_format=torch.preserve_format)
+    def _initial(self, p: Tensor) -> complex:
+        """What its states start from."""
+        return 0.0
+
+    def prepare(self) -> None:
+        """Compile and allocate now what a step over the present gradients needs, before it is captured in a CUDA graph.
+
+        With ``capturable=True`` it also sends changed hyperparameters to the GPU, for the next replay.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `step`.
+        """
+        updates = self._updates()
+        self._bind(updates)[0].prepare(updates)
+
+    def last_stats(self) -> Stats:
+        """What the last step met; see `fused_adam`'s `Stats`. With it a GPU is waited for."""
+        found = Stats(None, None, 0, None) if self._bound is None else self._bound.last_stats()
+        return found._replace(skipped=found.skipped + self._skipped)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; with ``flat=True`` gradients stay views of their buffer, which is zeroed in any case."""
@@ -174,12 +229,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     # --- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's: the states are the live tensors. The steps are copies, for they share one memory here."""
+        """As torch's: the states are the live tensors. What shares one memory is copied: steps, and with `flat` all."""
+        if self._bound is not None:
+            self._bound.sync(self.state)
         saved = super().state_dict()
         states = saved.get("state", {})
         for key, state in states.items():
-            if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
-                states[key] = {**state, "step": state["step"].clone()}
+            if isinstance(state, dict):
+                states[key] = {
+                    name: s.clone() if isinstance(s, Tensor) and (self._flat is not None or name == "step") else s
+                    for name, s in state.items()
+                }
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -237,8 +297,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         return state
 
     def __getstate__(self) -> dict[str, Any]:
-        options = {"flat": self._flat is not None, "backend": self._backend}
-        return {**super().__getstate__(), "_options": {**options, "amp_scaling": self._step_supports_amp_scaling}}
+        if self._bound is not None:
+            self._bound.sync(self.state)
+        return {**super().__getstate__(), "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         options = state.pop("_options", None)

@@ -11,7 +11,7 @@ from torch import Tensor
 import fused_adam
 from fused_adam import _base
 from fused_adam.torch._base import FusedOptimizer, Options
-from fused_adam.torch._binding import Family
+from fused_adam.torch._members import Family
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -87,10 +87,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         )
         self._set_up(**options)
 
-    def _initial(self, p: Tensor) -> Tensor:
-        value = self.defaults["initial_accumulator_value"]  # as in torch, whatever a group says
-        fill = complex(value, value) if p.is_complex() else value
-        return torch.full_like(p, fill, memory_format=torch.preserve_format, requires_grad=False)
+    def _initial(self, p: Tensor) -> complex:
+        value = float(self.defaults["initial_accumulator_value"])  # as in torch, whatever a group says
+        return complex(value, value) if p.is_complex() else value
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):
@@ -183,17 +182,21 @@ class AdamW(_AnyAdam, torch.optim.AdamW):
     """``torch.optim.AdamW`` with the step of `fused_adam.AdamW`: one pass over all parameters of all groups.
 
     Args:
-        params: float32, float64, complex64 or complex128 parameters in host memory, without gaps in it, or groups of
-            them, as torch takes them.
+        params: float32, float64, complex64 or complex128 parameters in host memory or, with CuPy, on GPUs, without gaps
+            in it, or groups of them, as torch takes them.
         lr, betas, eps, weight_decay, amsgrad, maximize: as torch's.
         foreach, fused: taken as torch takes them, and of no effect: every step is fused.
-        capturable, differentiable: refused unless False.
+        capturable: keep t and the learning rate on the GPU, so that a captured step is the next one at each replay; see
+            `prepare`. Needs parameters on a GPU, and CuPy.
+        differentiable: refused unless False.
         flat: parameters and gradients are moved into one buffer for each dtype. It makes many small parameters faster.
             `zero_grad` then zeroes gradients instead of taking them away, so that parameters which a loss does not
             reach are stepped with zeros: their moments and weights decay.
-        backend: "auto", "numba" or "numpy"; see `fused_adam.backends()`.
+        backend: "auto" or a name; see `fused_adam.backends()`.
         amp_scaling: let ``torch.amp.GradScaler.step`` leave unscaling to the step, which does it in the same pass. Off
             by default, for code that clips between the two would clip scaled gradients.
+        max_grad_norm, skip_nonfinite, zero_grads, count_unmoved: as those of `fused_adam.AdamW`; with `last_stats`. Of
+            the parameters that have a gradient, which have to be on one device for the first two.
 
     Raises:
         TypeError, ValueError: an argument is wrong, in torch's words where torch refuses it.

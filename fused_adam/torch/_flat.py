@@ -25,13 +25,15 @@ class Flat:
             _tensors.check_parameter(f"parameter {k} of those that require gradients", p)
         self._buffers: list[Tensor] = []  # of gradients
         self._views: dict[Tensor, tuple[Tensor, int]] = {}  # parameter -> its gradient, and where it was put itself
-        for _, alike in groupby(sorted(mine, key=lambda p: str(p.dtype)), key=lambda p: p.dtype):
+        self._places: dict[Tensor, tuple[int, int]] = {}  # where it starts, and the elements of its buffer
+        self._states: dict[str, dict[Tensor, Tensor]] = {}
+        for _, alike in groupby(sorted(mine, key=_kind), key=_kind):
             self._move([*alike])
 
     def _move(self, params: list[Tensor]) -> None:
         """Parameters of one dtype: each starts on a multiple of 128 elements, and keeps its memory order."""
         total = sum(-(-p.numel() // BLOCK) * BLOCK for p in params)
-        data, grad = torch.zeros(2, total, dtype=params[0].dtype).unbind()
+        data, grad = torch.zeros(2, total, dtype=params[0].dtype, device=params[0].device).unbind()
         self._buffers.append(grad)
         start = 0
         for p in params:
@@ -44,13 +46,40 @@ class Flat:
             p.data = mine
             p.grad = view
             self._views[p] = view, mine.data_ptr()
+            self._places[p] = start, total
             start += -(-p.numel() // BLOCK) * BLOCK
 
-    def gradients(self, params: list[Tensor]) -> list[Tensor] | None:
-        """Those of the buffer; None if a parameter is not in it."""
-        if not all(p in self._views for p in params):
-            return None
-        return [self._views[p][0] for p in params]
+    def __contains__(self, p: Tensor) -> bool:
+        return p in self._views
+
+    def gradients(self, params: list[Tensor]) -> list[Tensor | None]:
+        """Those of the buffer, None for parameters that have none there."""
+        return [self._views[p][0] if p in self._views else None for p in params]
+
+    def states(self, called: str, wanted: list[tuple[Tensor, Tensor | None, complex]]) -> list[Tensor]:
+        """A state of parameters, each at the place of its parameter in a buffer of the state's own.
+
+        Args:
+            wanted: (parameter, its state or None, what that starts from). States that are where they should be stay;
+                if one is not, all are copied to a new buffer.
+        """
+        known = self._states.get(called, {})
+        if all(s is not None and known.get(p) is s for p, s, _ in wanted):
+            return [known[p] for p, _, _ in wanted]
+        buffers: dict[tuple[str, str], Tensor] = {}
+        made = {}
+        for p, s, start_from in wanted:
+            start, total = self._places[p]
+            kind = _kind(p)
+            if kind not in buffers:
+                buffers[kind] = torch.zeros(total, dtype=p.dtype, device=p.device)
+            made[p] = buffers[kind].as_strided(p.shape, p.stride(), start)
+            if s is not None:
+                made[p].copy_(s)
+            elif start_from:
+                made[p].fill_(start_from)
+        self._states[called] = made
+        return [*made.values()]
 
     def zero(self, params: Iterable[Tensor]) -> None:
         """Zero all gradients. They are the buffer's again, but for parameters that have been moved out of theirs."""
@@ -62,3 +91,7 @@ class Flat:
                 p.grad = None
             elif p.grad is not view:
                 p.grad = view
+
+
+def _kind(p: Tensor) -> tuple[str, str]:
+    return str(p.dtype), str(p.device)

@@ -1,15 +1,14 @@
-"""Torch tensors as rows of host memory: what can be stepped in place, and what has to be copied or refused."""
+"""Torch tensors as rows of memory: what can be stepped in place, and what has to be copied or refused."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fused_adam._arrays import Array
+from fused_adam._arrays import AnyArray, Array, CudaArray
 
 # Complex numbers are stepped as pairs of real ones, as torch does.
 DTYPES: dict[torch.dtype, np.dtype[Any]] = {
@@ -22,7 +21,7 @@ DTYPES: dict[torch.dtype, np.dtype[Any]] = {
 
 def check_parameter(name: str, p: Tensor) -> None:
     """Raises RuntimeError, TypeError or ValueError for one that cannot be stepped in place."""
-    _in_host_memory(name, p)
+    _plain(name, p)
     if p.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} has dtype {str(p.dtype).removeprefix('torch.')}; expected one of {known}")
@@ -31,19 +30,25 @@ def check_parameter(name: str, p: Tensor) -> None:
         raise ValueError(f"{name} has gaps or repeats in memory (strides {p.stride()} for {tuple(p.shape)}); {hint}")
 
 
-def _in_host_memory(name: str, t: Tensor) -> None:
-    """Raises unless the elements of t lie where it says: in plain strided host memory."""
-    if t.device.type == "cuda":
-        if importlib.util.find_spec("cupy") is None:
-            raise RuntimeError(f"{name} is on {t.device}; pip install 'fused-adam[cuda13]'")
-        fix = "step its .detach() with fused_adam.AdamW, or use torch's class"
-        raise RuntimeError(f"{name} is on {t.device}; fused_adam.torch steps host memory only: {fix}")
-    if t.device.type != "cpu":
-        raise RuntimeError(f"{name} is on {t.device}; fused_adam.torch steps host memory only: move it to the CPU")
+def device(t: Tensor) -> int | None:
+    """The number of the GPU that a tensor is on; None for host memory."""
+    return t.device.index if t.device.type == "cuda" else None
+
+
+def _plain(name: str, t: Tensor) -> None:
+    """Raises unless the elements of t lie where it says: in plain strided memory of the host or a GPU."""
+    if t.device.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"{name} is on {t.device}; expected host memory or a CUDA device: move it there")
     if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # a DTensor, a fake or quantized tensor, ...
         raise TypeError(f"{name} is a {type(t).__name__}, which is no plain memory; pass its local tensor, .to_local()")
     if t.layout is not torch.strided:
         raise RuntimeError(f"{name} has layout {t.layout}; expected a dense tensor, .to_dense()")
+
+
+def _beside(name: str, t: Tensor, p: Tensor) -> None:
+    """Raises RuntimeError unless t is on the device of its parameter."""
+    if t.device != p.device:
+        raise RuntimeError(f"{name} is on {t.device} but its parameter is on {p.device}; pass .to({str(p.device)!r})")
 
 
 def is_dense(t: Tensor) -> bool:
@@ -59,10 +64,15 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
-def row(t: Tensor) -> Array:
+def row(t: Tensor) -> AnyArray:
     """The elements of a dense tensor in memory order: a 1-D view, which keeps the memory."""
-    elements: Array = t.detach().as_strided((t.numel(),), (1,)).numpy().view(DTYPES[t.dtype])
-    return elements
+    dtype = DTYPES[t.dtype]
+    where = device(t)
+    if where is None:
+        elements: Array = t.detach().as_strided((t.numel(),), (1,)).numpy().view(dtype)
+        return elements
+    shape = (t.nbytes // dtype.itemsize,)
+    return CudaArray(t.data_ptr(), shape, dtype, "C", True, where if t.numel() else -1, None, t.untyped_storage())
 
 
 def in_order_of(t: Tensor, p: Tensor) -> Tensor:
@@ -78,7 +88,8 @@ def gradient(name: str, g: Tensor, p: Tensor) -> Tensor:
     """
     if g.layout is not torch.strided:
         raise RuntimeError(f"{name} is sparse; sparse gradients are not supported: pass a dense one, .to_dense()")
-    _in_host_memory(name, g)
+    _plain(name, g)
+    _beside(name, g, p)
     if g.dtype != p.dtype:
         raise TypeError(f"{name} has dtype {g.dtype} but its parameter has {p.dtype}; pass .to({p.dtype})")
     if g.shape != p.shape:
@@ -94,7 +105,8 @@ def state(name: str, s: Any, p: Tensor) -> Tensor:
         raise TypeError(f"{name} should be a tensor, got {type(s).__name__}")
     if s.shape != p.shape:
         raise ValueError(f"{name} has shape {tuple(s.shape)} but its parameter has {tuple(p.shape)}")
-    _in_host_memory(name, s)
+    _plain(name, s)
+    _beside(name, s, p)
     if s.dtype != p.dtype:
         raise TypeError(f"{name} has dtype {s.dtype} but its parameter has {p.dtype}; convert the one that is wrong")
     return s if s.stride() == p.stride() else in_order_of(s, p)
