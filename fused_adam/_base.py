@@ -11,17 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from fused_adam import _checks, _memory, _state_dict
+from fused_adam import _checks, _gradients, _memory, _rows, _state_dict
 from fused_adam._arrays import AnyArray
-from fused_adam._cuda_arrays import never_moves
 from fused_adam._guard import Settings, Stats
-from fused_adam._layout import FlatBuffer, leaves, match, rebuild
+from fused_adam._layout import FlatBuffer, leaves, rebuild
 from fused_adam._norm import unscaling
 from fused_adam._part import Part
 from fused_adam._runner import Runner, is_scale
-from fused_adam._sparse import Gather, Mask, SparseGrad, gather, row_masks
 from fused_adam._update import Update
-from fused_adam.backends import LIBRARY, Gradients, Loose, check_name, choose, load
+from fused_adam.backends import LIBRARY, Gradients, check_name, choose, load
 
 
 class Optimizer(ABC):
@@ -232,9 +230,7 @@ class Optimizer(ABC):
         Raises:
             ValueError, TypeError: a gradient or hyperparameter is wrong. Nothing is changed then.
         """
-        groups = self._group_gradients(grads)
-        gradients = [self._part_gradients(part, groups) for part in self._parts]
-        self._run(gradients, stream, mask, grad_scale, found_inf)
+        self._run(_gradients.of_step(self, grads), stream, mask, grad_scale, found_inf)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> None:
         """The step in TensorFlow's form: (gradient, parameter) pairs in any order, each parameter exactly once.
@@ -244,28 +240,7 @@ class Optimizer(ABC):
         Raises:
             ValueError, TypeError: as `step`; an array is not a parameter of this optimizer, or comes twice or never.
         """
-        positions = {id(p): (k, j) for k, part in enumerate(self._parts) for j, p in enumerate(part.given)}
-        gradients: list[list[Any]] = [[_MISSING] * len(part.parameters) for part in self._parts]
-        for n, pair in enumerate(grads_and_vars):
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise TypeError(f"grads_and_vars[{n}] should be a (gradient, parameter) pair, got {_checks.kind(pair)}")
-            g, p = pair
-            if id(p) not in positions:
-                raise ValueError(
-                    f"grads_and_vars[{n}]: not a parameter of this optimizer; pass the arrays it was given"
-                )
-            k, j = positions[id(p)]
-            if gradients[k][j] is not _MISSING:
-                raise ValueError(f"grads_and_vars[{n}]: this parameter came before; pass each once, gradients summed")
-            gradients[k][j] = g
-        for part, gs in zip(self._parts, gradients, strict=True):
-            for name, g in zip(part.names, gs, strict=True):
-                if g is _MISSING:
-                    raise ValueError(
-                        f"the gradient of {name.replace('grads', 'params', 1)} is missing; pass one for each"
-                    )
-        loose = zip(self._parts, gradients, strict=True)
-        self._run([Loose(part.names, gs, part.parameters) for part, gs in loose])
+        self._run(_gradients.of_pairs(self, grads_and_vars))
 
     def _run(
         self,
@@ -277,9 +252,9 @@ class Optimizer(ABC):
     ) -> None:
         if stream is not None and self._device is None:
             raise ValueError("stream is for parameters on a GPU; these are in host memory")
-        masks = None if mask is None else self._masks(mask)
+        masks = None if mask is None else _rows.masks_of(self, mask)
         masked = masks is not None and any(one is not None for some in masks for one in some)
-        by_row = masked or self.per_row_step or any(map(_has_rows, gradients))
+        by_row = masked or self.per_row_step or any(map(_rows.has_rows, gradients))
         scaled = is_scale(grad_scale)
         if by_row and (self._runner.guarded or scaled or found_inf is not None):
             asked = self.settings.names or ("grad_scale" if found_inf is None else "found_inf")
@@ -299,7 +274,7 @@ class Optimizer(ABC):
                 _checks.coefficients(u.rule.coefficients, xs, part.dtype)
         options = () if stream is None else (stream,)
         if by_row:
-            self._run_rows(t, updates, values, gradients, masks or self._masks(None), options)
+            _rows.step(self, t, updates, values, gradients, masks or _rows.masks_of(self, None), options)
         else:
             self._runner.step(t, updates, values, gradients, grad_scale, found_inf, options)
 
@@ -313,42 +288,6 @@ class Optimizer(ABC):
     def last_stats(self) -> Stats:
         """What the last step met; see `Stats`. Where scalars are kept on a GPU it waits for the device."""
         return self._runner.last_stats()
-
-    def _run_rows(
-        self,
-        t: int,
-        updates: Sequence[Update],
-        coefficients: Sequence[list[float]],
-        gradients: Sequence[Gradients],
-        masks: Sequence[Sequence[Mask | None]],
-        options: tuple[Any, ...],
-    ) -> None:
-        """`_run` where some rows stay, or have a t of their own."""
-        rules = [u.rule for u in updates]
-        loose = [
-            given if isinstance(given, Loose) else Loose(part.names, [g for _, g in leaves(given, "")], part.parameters)
-            for part, given in zip(self._parts, gradients, strict=True)
-        ]
-        gathers: list[list[Gather | None]] = []
-        for part, update, values, given, mine in zip(self._parts, updates, coefficients, loose, masks, strict=True):
-
-            def at(number: int, part: Part = part, u: Update = update, values: list[float] = values) -> list[float]:
-                return _coefficients_at(number, part, u) if self.per_row_step else values
-
-            each = zip(part.names, given.arrays, mine, part.parameters, part.row_steps, strict=True)
-            gathers.append([gather(name, g, mask, p, t, steps, at) for name, g, mask, p, steps in each])
-        if any(moved is not None for some in gathers for moved in some):
-            self._stepper.step_rows(t, rules, coefficients, loose, gathers, *options)
-        else:  # a mask of nothing but None
-            self._stepper.step(t, rules, coefficients, gradients, *options)
-
-    def _masks(self, mask: Any) -> list[list[Mask | None]]:
-        """One for each parameter of each part."""
-        masks: list[list[Mask | None]] = [[None] * len(part.names) for part in self._parts]
-        for found, index in zip(row_masks(mask, self._trees, self._one_group), self._index, strict=True):
-            for (part, j), mine in zip(index, found, strict=True):
-                masks[part][j] = mine
-        return masks
 
     def _updates(self) -> list[Update]:
         """One for each part. Raises when a changed hyperparameter asks for states that do not exist."""
@@ -364,40 +303,6 @@ class Optimizer(ABC):
                     "make a new optimizer for that"
                 )
         return updates
-
-    def _group_gradients(self, grads: Any) -> Sequence[Any]:
-        if self._one_group:
-            return [grads]
-        if not isinstance(grads, list | tuple):
-            raise ValueError(f"grads should be a list with one entry for each group, got {_checks.kind(grads)}")
-        if len(grads) != len(self.param_groups):
-            raise ValueError(f"grads has {len(grads)} entries but there are {len(self.param_groups)} groups")
-        return grads
-
-    def _part_gradients(self, part: Part, groups: Sequence[Any]) -> Gradients:
-        grads, last = groups[part.group], part.last_gradient
-        path = self._path(part.group)
-        if self.param_groups[part.group]["params"] is not self._params[part.group]:
-            raise ValueError(f'param_groups[{part.group}]["params"] was replaced; make a new optimizer for that')
-        if last is not None:
-            if grads is last or (type(grads) is list and type(last) is Loose and last.is_of(grads)):
-                return last  # their memory never moves, so what was found of them still holds
-            part.remembers = part.remembers and type(last) is not Loose
-            part.last_gradient = None
-        if part.flat is not None and isinstance(grads, FlatBuffer):
-            _checks.same_place(path, grads.memory.device, "its parameter", self._device)
-            extent = np.array([grads.address], np.int64), np.array([grads.data.nbytes], np.int64)
-            if self._writes.first_overlap(*extent) >= 0:
-                raise _checks.overlap(path)
-            if grads.layout == part.flat.layout:
-                part.last_gradient = grads
-                return grads
-        matched = list(match(grads, self._trees[part.group], path))
-        mine = [g for g, (k, _) in zip(matched, self._index[part.group], strict=True) if self._parts[k] is part]
-        loose = Loose(part.names, mine, part.parameters)
-        if part.remembers and type(grads) is list and all(map(never_moves, grads)):
-            part.last_gradient = loose = loose._replace(given=grads.copy())
-        return loose
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -439,22 +344,6 @@ class Optimizer(ABC):
     def __repr__(self) -> str:
         groups = ", ".join(str({name: g[name] for name in self._names}) for g in self.param_groups)
         return f"{type(self).__name__}({groups}, backend={self.backend!r}, t={self.t})"
-
-
-_MISSING = object()
-
-
-def _coefficients_at(t: int, part: Part, update: Update) -> list[float]:
-    values = update.at(t)
-    _checks.coefficients(update.rule.coefficients, values, part.dtype)
-    return values
-
-
-def _has_rows(given: Gradients) -> bool:
-    """Whether a gradient of some rows is among them; there is none among those that are known again."""
-    if type(given) is not Loose or given.given:
-        return False
-    return any(issubclass(kind, SparseGrad) for kind in {*map(type, given.arrays)})
 
 
 def _is_constant(x: Any) -> bool:
