@@ -17,6 +17,23 @@ DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 BLOCK = 128
 
 
+def kind_of(dtype: np.dtype[Any], declared: str | None = None) -> str:
+    """What numbers of a dtype are called, "" if they are not known. declared: what uint16 holds."""
+    if dtype == np.uint16:
+        return declared or ""
+    return dtype.name if dtype.name in ("float64", "float32", "float16", "bfloat16") else ""
+
+
+def carrier(kind: str) -> np.dtype[Any]:
+    """The dtype in which numbers of a kind are handled: uint16 for bfloat16, and for the part beside one."""
+    return np.dtype({"bfloat16": "u2", "split16": "u2"}.get(kind, kind))
+
+
+def carried(a: Any, kind: str) -> Any:
+    """An array in its carrier: the same memory."""
+    return a.view(np.uint16) if kind == "bfloat16" and a.dtype != np.uint16 else a
+
+
 @dataclass(frozen=True, slots=True)
 class CudaArray:
     """Memory on a GPU, whatever library it came from.

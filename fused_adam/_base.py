@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from fused_adam import _checks, _gradients, _memory, _rows, _state_dict
-from fused_adam._arrays import AnyArray
+from fused_adam import _checks, _formats, _gradients, _memory, _rows, _state_dict
+from fused_adam._arrays import BLOCK, AnyArray
+from fused_adam._formats import Storage
 from fused_adam._guard import Settings, Stats
 from fused_adam._layout import FlatBuffer, leaves, rebuild
 from fused_adam._norm import unscaling
 from fused_adam._part import Part
 from fused_adam._runner import Runner, is_scale
 from fused_adam._update import Update
-from fused_adam.backends import LIBRARY, Gradients, check_name, choose, load
+from fused_adam.backends import LIBRARY, Gradients, Kept, check_name, choose, load
 
 
 class Optimizer(ABC):
@@ -46,6 +47,11 @@ class Optimizer(ABC):
         hyperparameters: dict[str, Any],
         backend: str = "auto",
         per_row_step: bool = False,
+        master: str | None = None,
+        state_dtype: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        dtype: str | None = None,
         **settings: Any,
     ) -> None:
         if _is_groups(params):
@@ -62,6 +68,7 @@ class Optimizer(ABC):
         self._names = tuple(hyperparameters)
         self.per_row_step = _checks.flag("per_row_step", per_row_step)
         self.settings = Settings.checked(**settings)
+        self.storage = Storage.checked(master, state_dtype, stochastic_rounding, seed, dtype)
         if self.per_row_step and self.settings.any:
             raise ValueError(f"per_row_step does not go with {self.settings.names}; leave one of them out")
         self._set_up(groups, backend)
@@ -109,8 +116,8 @@ class Optimizer(ABC):
             if not mine:
                 raise ValueError(f"{path} is empty; pass at least one array")
             named += mine
-        arrays = _checks.parameters([(name, p) for _, name, p in named])
-        self._split(groups, named, arrays)
+        arrays, kinds = _checks.parameters([(name, p) for _, name, p in named], self.storage.dtype)
+        self._split(groups, named, arrays, kinds)
 
         device = next((d for d in map(_checks.device, arrays) if d != -1), 0)
         self.backend = choose(backend, sum(p.size for p in arrays), device)
@@ -120,6 +127,7 @@ class Optimizer(ABC):
             group = checked[part.group]
             update = self._update(group)
             update.at(1)  # a rule of the user's may refuse them
+            self._check_format(part, update)
             states = [(name, self._initial(group, name)) for name in update.rule.states]
             _checks.coefficients([f"initial {name}" for name, _ in states], [x for _, x in states], part.dtype)
             self._allocate(part, states, memory)
@@ -140,24 +148,44 @@ class Optimizer(ABC):
         logging.getLogger("fused_adam").info("%s runs on the %s backend", type(self).__name__, self.backend)
 
     def _split(
-        self, groups: list[dict[str, Any]], named: list[tuple[int, str, Any]], arrays: Sequence[AnyArray]
+        self,
+        groups: list[dict[str, Any]],
+        named: list[tuple[int, str, Any]],
+        arrays: Sequence[AnyArray],
+        kinds: Sequence[str],
     ) -> None:
         """Put each group's parameters into parts of one dtype each."""
-        parts: dict[tuple[int, Any], int] = {}
+        parts: dict[tuple[int, str], int] = {}
         self._index = [[] for _ in groups]
-        for (group, name, given), p in zip(named, arrays, strict=True):
-            if (group, p.dtype) not in parts:
-                parts[group, p.dtype] = len(self._parts)
+        first = 0  # canonical: in the order of the parameters, each from a multiple of 128 on
+        for (group, name, given), p, kind in zip(named, arrays, kinds, strict=True):
+            if (group, kind) not in parts:
+                parts[group, kind] = len(self._parts)
                 params = groups[group]["params"]
                 flat = params if isinstance(params, FlatBuffer) else None
-                self._parts.append(Part(group, flat, p.dtype))
-            k = parts[group, p.dtype]
+                form = self.storage.format(kind)
+                kept = None if form is None else Kept(form, self.storage.seed, self.storage.dtype)
+                self._parts.append(Part(group, flat, kind, kept))
+            k = parts[group, kind]
             part = self._parts[k]
             self._index[group].append((k, len(part.parameters)))
             path = "params" if self._one_group else f'params[{group}]["params"]'
             part.names.append(self._path(group) + name[len(path) :])
             part.given.append(given)
             part.parameters.append(p)
+            part.first.append(first)
+            first += -(-p.size // BLOCK) * BLOCK
+
+    def _check_format(self, part: Part, update: Update) -> None:
+        """Raises ValueError for what is not offered with numbers of 16 bits, whatever gradients come."""
+        if part.kept is None:
+            return
+        form, name = part.kept.form, part.names[0].replace("grads", "params", 1)
+        _formats.refuse_rule(update.rule, form, name)
+        asked = self.settings._replace(device_scalars=False).names or "per_row_step" * self.per_row_step
+        if asked or self._device is not None:
+            what = asked or "a GPU"
+            raise ValueError(f"{name}: {what} is not offered with {_formats.describe(form)}; leave one of them out")
 
     def _allocate(self, part: Part, states: Sequence[tuple[str, float]], memory: _memory.Memory) -> None:
         """Give a part its states, of which each starts from a value."""
@@ -259,6 +287,8 @@ class Optimizer(ABC):
         if by_row and (self._runner.guarded or scaled or found_inf is not None):
             asked = self.settings.names or ("grad_scale" if found_inf is None else "found_inf")
             raise ValueError(f"{asked} does not go with steps over rows (SparseGrad, mask, per_row_step)")
+        if by_row and any(part.kept is not None for part in self._parts):
+            raise ValueError("SparseGrad and mask are not offered with numbers of 16 bits; pass dense gradients")
         if scaled and isinstance(grad_scale, int | float | np.generic):
             grad_scale = self._check_scale(grad_scale)
         updates = self._updates()
@@ -330,6 +360,7 @@ class Optimizer(ABC):
             "backend": self._requested,
             "per_row_step": self.per_row_step,
             "settings": self.settings,
+            "storage": self.storage,
             "state": self.state_dict(),
         }
 
@@ -338,6 +369,7 @@ class Optimizer(ABC):
         self._names = saved["names"]
         self.per_row_step = saved["per_row_step"]
         self.settings = saved.get("settings", Settings())
+        self.storage = saved.get("storage", Storage())
         self._set_up(saved["groups"], saved["backend"])
         self.load_state_dict(saved["state"])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fused_adam._arrays import DTYPES, AnyArray, Array, CudaArray, address, order, ravel
+from fused_adam._arrays import DTYPES, AnyArray, Array, CudaArray, address, carried, kind_of, order, ravel
 from fused_adam._cuda_arrays import LEGACY_STREAM, view
 from fused_adam._memory import on_host
 
@@ -187,6 +187,23 @@ def array(name: str, a: Any, stream: int = LEGACY_STREAM) -> AnyArray:
     return found
 
 
+def kept(name: str, a: Any, declared: str | None = None) -> tuple[AnyArray, str]:
+    """An array of 64, 32 or 16 bits in its carrier, and what its numbers are called. declared: what uint16 holds.
+
+    Raises TypeError or ValueError; 16 bits are for host memory only.
+    """
+    if isinstance(a, np.ndarray) and not isinstance(a, np.ma.MaskedArray):
+        kind = kind_of(a.dtype, declared)
+        if kind in ("float16", "bfloat16"):
+            if not a.flags.aligned:
+                raise ValueError(f"{name} is not aligned; pass a copy")
+            return carried(a, kind), kind
+        if a.dtype == np.uint16:
+            raise ValueError(f"{name} has dtype uint16; if it holds bfloat16 say so, with dtype='bfloat16'")
+    found = array(name, a)
+    return found, found.dtype.name
+
+
 def device(a: AnyArray) -> int | None:
     """The number of the GPU that an array lies on, -1 if it is empty and lies on none; None for host memory."""
     return a.device if isinstance(a, CudaArray) else None
@@ -220,11 +237,15 @@ def _writable(name: str, a: AnyArray) -> None:
         raise ValueError(f"{name} is read-only; pass a writable array or a copy")
 
 
-def parameters(named: list[tuple[str, Any]]) -> list[AnyArray]:
-    """Every parameter of an optimizer: type, dtype, stride, writable, all in one place, no two sharing memory."""
+def parameters(named: list[tuple[str, Any]], declared: str | None = None) -> tuple[list[AnyArray], list[str]]:
+    """Every parameter of an optimizer and its kind: type, dtype, stride, writable, in one place, no memory shared.
+
+    declared: what uint16 holds.
+    """
     if not named:
         raise ValueError("params is empty; pass at least one array")
-    arrays = [array(name, p) for name, p in named]
+    found = [kept(name, p, declared) for name, p in named]
+    arrays = [p for p, _ in found]
     for (name, _), p in zip(named, arrays, strict=True):
         if not order(p):
             # unlike a gradient, a parameter cannot be replaced by a copy: it is updated in place
@@ -240,7 +261,22 @@ def parameters(named: list[tuple[str, Any]]) -> list[AnyArray]:
     for (_, end, one), (start, _, other) in pairwise(extents):
         if start < end:
             raise ValueError(f"{one} and {other} share memory; pass each parameter once")
-    return arrays
+    return arrays, [kind for _, kind in found]
+
+
+def kept_gradient(name: str, g: Any, p: AnyArray, declared: str | None) -> tuple[Array, str]:
+    """A gradient of 32 or 16 bits as a 1-D array in the memory order of p, and its kind."""
+    if g is None:
+        raise TypeError(f"{name} is None; pass an array, or leave the parameter out of params to freeze it")
+    found, kind = kept(name, g, declared)
+    if not isinstance(found, np.ndarray):
+        raise ValueError(f"{name} is on a GPU but the parameter is in host memory; copy one to where the other is")
+    if found.shape != p.shape:
+        raise ValueError(f"{name} has shape {found.shape} but the parameter has {p.shape}")
+    _contiguous(name, found)
+    ordered = np.ascontiguousarray(found) if order(p) == "C" else np.asfortranarray(found)
+    flat: Array = ravel(ordered)
+    return flat, kind
 
 
 def gradient(name: str, g: Any, p: AnyArray, stream: int = LEGACY_STREAM) -> Any:
@@ -457,12 +493,12 @@ def flatten(named: list[tuple[str, Any]], dtype: Any) -> tuple[list[tuple[int, .
     chosen: np.dtype[Any] | None = None
     if dtype is not None:
         try:
-            chosen = np.dtype(dtype)
+            chosen = np.dtype("u2" if isinstance(dtype, str) and dtype == "bfloat16" else dtype)
         except (TypeError, ValueError, SyntaxError) as error:
-            raise TypeError(f"dtype should be float32 or float64, got {dtype!r}") from error
-        if chosen not in DTYPES:
-            raise ValueError(f"dtype should be float32 or float64, got {chosen}")
-    arrays = [array(name, a) if chosen is None else _convertible(name, a, chosen) for name, a in named]
+            raise TypeError(f"dtype should be float32, float64, float16 or bfloat16, got {dtype!r}") from error
+        if not kind_of(chosen, dtype if isinstance(dtype, str) else None):
+            raise ValueError(f"dtype should be float32, float64, float16 or bfloat16, got {chosen}")
+    arrays = [_flattened(name, a) if chosen is None else _convertible(name, a, chosen) for name, a in named]
     for (name, _), a in zip(named, arrays, strict=True):
         if chosen is None and a.dtype != arrays[0].dtype:
             raise ValueError(
@@ -472,6 +508,11 @@ def flatten(named: list[tuple[str, Any]], dtype: Any) -> tuple[list[tuple[int, .
     return [a.shape for a in arrays], chosen or arrays[0].dtype
 
 
+def _flattened(name: str, a: Any) -> Any:
+    """An array of a dtype that a flat buffer can have."""
+    return a if isinstance(a, np.ndarray) and kind_of(a.dtype) in ("float16", "bfloat16") else array(name, a)
+
+
 def _convertible(name: str, a: Any, chosen: np.dtype[Any]) -> Any:
     """Any array of numbers, as it is."""
     found: Any = view(name, a)
@@ -479,7 +520,9 @@ def _convertible(name: str, a: Any, chosen: np.dtype[Any]) -> Any:
         if not isinstance(a, np.ndarray | np.generic) or isinstance(a, np.ma.MaskedArray):
             raise TypeError(f"{name} should be a NumPy array or one on a GPU, got {kind(a)}")
         found = a
-    if found.dtype.kind not in "fiub":
+    if isinstance(found, CudaArray) and chosen not in DTYPES:
+        raise ValueError(f"{name} is on a GPU, where flat buffers are float32 or float64, not {chosen}")
+    if found.dtype.kind not in "fiub" and kind_of(found.dtype) != "bfloat16":
         raise ValueError(f"{name} has dtype {found.dtype}, which does not convert to {chosen}")
     return found
 

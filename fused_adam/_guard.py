@@ -22,6 +22,11 @@ class Options(TypedDict, total=False):
     zero_grads: bool
     count_unmoved: bool
     device_scalars: bool
+    master: str | None
+    state_dtype: str | None
+    stochastic_rounding: bool
+    seed: int
+    dtype: str | None
 
 
 class Stats(NamedTuple):

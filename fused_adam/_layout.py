@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fused_adam import _checks, _memory
+from fused_adam import _checks, _memory, _storage
 from fused_adam._arrays import BLOCK, address
 from fused_adam._cuda_arrays import view
 
@@ -135,7 +135,7 @@ class FlatBuffer:
     """Arrays packed into one aligned buffer, each starting on a multiple of 128 elements.
 
     Attributes:
-        data: the buffer, 1-D, float32 or float64, with zeros between the arrays: a NumPy array, or a CuPy or Numba
+        data: the buffer, 1-D, of the arrays' dtype, with zeros between the arrays: a NumPy array, or a CuPy or Numba
             array on the GPU where the arrays that were flattened are.
         tree: views of it in the structure of the arrays that were flattened, dicts read-only and lists as tuples;
             ``flat[key]`` is ``flat.tree[key]`` and ``flat[key] = a`` copies a into it.
@@ -207,7 +207,9 @@ def flatten(tree: Any, dtype: Any = None) -> FlatBuffer:
         tree: an array, or dicts, lists and tuples of arrays, nested as they like. Any shape, order and stride. All are
             NumPy arrays, or all lie on one GPU: CuPy or Numba arrays, or any that have ``__cuda_array_interface__`` or
             DLPack.
-        dtype: float32 or float64; by default the arrays' own, which then must be one of these and the same for all.
+        dtype: float32, float64, float16, ml_dtypes' bfloat16, or "bfloat16": that as uint16, in which an optimizer takes
+            it with ``dtype="bfloat16"``. By default the arrays' own, which then must be one of these and the same for
+            all. On a GPU float32 or float64.
 
     Raises:
         TypeError: a leaf is not an array. ValueError: there is none, or their dtypes differ or are not supported.
@@ -221,5 +223,7 @@ def flatten(tree: Any, dtype: Any = None) -> FlatBuffer:
     shapes, chosen = _checks.flatten(arrays, dtype)
     flat = FlatBuffer(Layout.of(tree, shapes, chosen), _memory.like(arrays[0][1]))
     for (_, source), part, shape in zip(arrays, flat.views, shapes, strict=True):
+        if chosen == np.uint16:
+            source = _storage.encoded(np.asarray(source, np.float32).reshape(-1), chosen).reshape(shape)
         flat.memory.assign(part.reshape(shape), source)
     return flat

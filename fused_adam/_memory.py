@@ -40,7 +40,7 @@ class Host:
         return raw[start : start + nbytes].view(dtype)
 
     def assign(self, destination: Any, source: Any) -> None:
-        np.copyto(destination, source)
+        np.copyto(destination, source, "unsafe" if destination.dtype.name == "bfloat16" else "same_kind")
 
     def to_host(self, a: Any) -> Array:
         return np.array(a, order="K")

@@ -36,7 +36,7 @@ class SGD(Optimizer):
         params: an array, a FlatBuffer, dicts, lists and tuples of arrays nested as they like, or a list of group dicts
             ``{"params": ..., "lr": ...}``. Arrays are float32 or float64, C- or Fortran-contiguous and writable, all
             in host memory (NumPy) or all on one GPU (CuPy, Numba, or anything with ``__cuda_array_interface__`` or
-            DLPack); they are updated in place.
+            DLPack); they are updated in place. In host memory also float16 or bfloat16, computed in float32.
         lr: learning rate, >= 0.
         momentum: >= 0. dampening: any number. nesterov: needs momentum > 0 and dampening = 0.
         weight_decay: L2 penalty, >= 0.
@@ -53,6 +53,13 @@ class SGD(Optimizer):
         count_unmoved: count what `last_stats` calls unmoved.
         device_scalars: for parameters on a GPU (CuPy), keep t, the learning rate and all that follows from them there,
             so that a step can be captured in a CUDA graph and replayed. On the host nothing changes.
+        master: beside parameters of 16 bits, what their step is computed from: "float32", of which they are the rounded
+            copies; or for bfloat16 "split16", their other 16 bits. By default a step is computed from themselves.
+        state_dtype: "float32" (the default; for float64 parameters float64) or "bfloat16".
+        stochastic_rounding: round what is kept in 16 bits, parameters without a master and states, up or down at random
+            so that the mean is exact. The random bits depend on seed, t and the element's place among the parameters.
+        seed: an int from 0 to 2**63 - 1.
+        dtype: "bfloat16" says that uint16 arrays hold that. (Arrays of ml_dtypes' bfloat16 say it themselves.)
 
     Raises:
         TypeError, ValueError: an array or a number is wrong; the message names it.

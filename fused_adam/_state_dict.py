@@ -68,18 +68,17 @@ def load(optimizer: Optimizer, d: Mapping[str, Any]) -> None:
                 raise ValueError(f"{path} asks for states {wanted} but this optimizer has {tuple(part.states)}")
             name = f'state_dict["state"][{number}]'
             row_steps = part.row_steps[j]
-            own = part.states if row_steps is None else (*part.states, ROW_STEPS)
-            _checks.same_keys(name, d["state"][number], own)
+            _checks.same_keys(name, d["state"][number], part.keys)
             if row_steps is not None:
                 given_steps = _checks.row_steps(f'{name}["{ROW_STEPS}"]', d["state"][number][ROW_STEPS], row_steps, t)
                 writes.append((np.copyto, (row_steps, given_steps)))
-            for key, buffer in part.states.items():
+            for key in [key for key in part.keys if key != ROW_STEPS]:
                 source = d["state"][number][key]
                 p = part.parameters[j]
                 _checks.state(f'{name}["{key}"]', source, p.shape, part.dtype)
                 # 1-D and of one layout, so that nothing allocates, and so nothing fails, once the writing begins
                 host = np.array(_memory.on_host(source), order="C" if order(p) == "C" else "F")
-                writes.append((buffer.memory.assign, (buffer.views[j], ravel(host))))
+                writes.append(part.writes(j, f'{name}["{key}"]', key, ravel(host)))
             number += 1
     writes += [(g.update, (values,)) for g, values in zip(optimizer.param_groups, hyperparameters, strict=True)]
     if optimizer._on_device:

@@ -114,7 +114,10 @@ class Variables:
 
     def _check(self, variables: Mapping[int, Any]) -> None:
         names = [f"grads_and_vars[{n}][1]" for n in variables]
-        arrays = _checks.parameters(list(zip(names, variables.values(), strict=True)))
+        named = list(zip(names, variables.values(), strict=True))
+        for name, v in named:
+            _checks.array(name, v)  # whose slots are not kept in 16 bits
+        arrays, _ = _checks.parameters(named)
         new = [id(v) not in self._slots for v in variables.values()]
         known = _checks.Extents([slots.array for slots in self._slots.values()])
         starts = np.array([address(a) for a in arrays], np.int64)

@@ -140,9 +140,11 @@ if backend == "numba":
 # Every k-th allocation of a step fails, in a forked child each, for what NumPy or CPython do then is not ours to mend.
 ALLOCATIONS = """
 import gc, os, sys
-import numpy as np, _testcapi
+import ml_dtypes, numpy as np, _testcapi
 import fused_adam
 
+# 16 bits: with random bits and other gradients; with a master, whose state dict is loaded
+HALF = {"half": {"state_dtype": "bfloat16", "stochastic_rounding": True}, "split": {"master": "split16"}}
 backend, cls, how = sys.argv[1], getattr(fused_adam, sys.argv[2]), sys.argv[3]
 shapes = [(1000,), (40000,), (5, 2), ()]
 
@@ -155,7 +157,7 @@ def arrays(seed):
             raw = np.zeros(a.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(s)
             raw[...] = a
             a = raw
-        out.append(a)
+        out.append(a.astype(ml_dtypes.bfloat16) if how in HALF else a)
     return out
 
 
@@ -163,7 +165,7 @@ params, grads = arrays(0), arrays(1)
 kw = {"Adam": {"amsgrad": True, "maximize": True}, "Lion": {"weight_decay": 0.1}, "RMSprop": {"centered": True},
       # guarded, the most arguments that a rule of ours has: with more than 20 Python's calls allocate
       "AdamW": {"amsgrad": True, "maximize": True, "numerics": "optax", "eps_root": 1e-6, "weight_decay": 0.1}}
-kw = kw[sys.argv[2]]
+kw = kw[sys.argv[2]] | HALF.get(how, {})
 if how in ("rows", "mask"):
     kw["per_row_step"] = True
 if how in ("guarded", "skipped"):
@@ -299,6 +301,9 @@ def test_ctrl_c_never_leaves_half_a_step_and_is_never_lost(backend):
         ("numpy", "skipped", "Lion", 7),
         ("numba", "guarded", "Adam", 11),
         ("numba", "skipped", "RMSprop", 11),
+        ("numpy", "half", "Lion", 11),
+        ("numba", "half", "Lion", 11),
+        ("numpy", "split", "Lion", 11),
     ],
 )
 def test_a_failed_allocation_leaves_all_as_it_was(backend, how, cls, stride, tmp_path):

@@ -20,6 +20,7 @@ import numpy as np
 from fused_adam._arrays import AnyArray, Array
 from fused_adam._cuda_arrays import no_device
 from fused_adam._layout import FlatBuffer
+from fused_adam._storage import Format
 
 NAMES = ("cupy", "numba-cuda", "numba", "numpy")
 _MODULES = {
@@ -106,17 +107,34 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
+class Kept(NamedTuple):
+    """How numbers are kept that have fewer bits than they are computed with, and what random bits depend on.
+
+    form: the gradient's kind is that of the step under way. declared: what gradients of uint16 hold.
+    """
+
+    form: Format
+    seed: int
+    declared: str | None
+    t: int = 0
+
+
 class Rows(NamedTuple):
     """Parameters and states of one dtype that take the same rule and coefficients.
 
-    shapes: of each parameter; None where it is in Fortran order. rows: (p, *states) for each, all 1-D. runs: the same
-    memory in as few pieces as a flat buffer's padding leaves; empty unless the parameters are one.
+    dtype: what is computed in. shapes: of each parameter; None where it is in Fortran order. rows: (p, *states) for
+    each, all 1-D; behind p its master if it has one. runs: the same memory in as few pieces as a flat buffer's padding
+    leaves; empty unless the parameters are one. kept: None where all are of `dtype` themselves. first, run_first: the
+    canonical index of the first element of each row and run.
     """
 
     dtype: np.dtype[Any]
     shapes: list[tuple[int, ...] | None]
     rows: list[tuple[Any, ...]]
     runs: list[tuple[Any, ...]]
+    kept: Kept | None = None
+    first: Sequence[int] = ()
+    run_first: Sequence[int] = ()
 
     def only(self, keep: Sequence[bool]) -> Rows:
         """Some of the parameters."""

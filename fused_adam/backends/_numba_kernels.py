@@ -6,6 +6,7 @@ row holds the addresses of p, g and the states as int64; the coefficients are fl
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 import os
 import threading
@@ -20,6 +21,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fused_adam._codegen import Rule, numba_source
+from fused_adam._storage import Format
 
 CHUNK = 2**16  # elements a thread takes at a time
 
@@ -72,39 +74,45 @@ def _sign(x: Any) -> Any:
 
 _SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64, types.CPointer(types.float64))
 _HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+_NAMES: dict[str, Any] = {
+    "_view": view_of,
+    "_I64": types.int64,
+    "_CHUNK": CHUNK,
+    "sqrt": math.sqrt,
+    "absolute": abs,
+    "sign": _sign,
+    "maximum": _maximum,
+    "minimum": _minimum,
+}
 
-_kernels: dict[tuple[Rule, np.dtype[Any]], Any] = {}
+_kernels: dict[tuple[Rule, np.dtype[Any] | Format], Any] = {}
 _compiling = threading.Lock()
 
 
-def kernel(rule: Rule, dtype: np.dtype[Any]) -> int:
-    """The address of the rule's compiled loop. Compiled on first use, then found in Numba's disk cache."""
+def kernel(rule: Rule, kept: np.dtype[Any] | Format) -> int:
+    """The address of the rule's loop over numbers of one dtype, or kept in a format.
+
+    Compiled on first use, then found in Numba's disk cache.
+    """
     with _compiling:
-        if (rule, dtype) not in _kernels:
-            _kernels[rule, dtype] = _compile(rule, dtype)
-        return int(_kernels[rule, dtype].address)
+        if (rule, kept) not in _kernels:
+            if isinstance(kept, Format):
+                stored = importlib.import_module("fused_adam.backends._numba_stored")
+                _kernels[rule, kept] = compiled(rule, *stored.loop(rule, kept))
+            else:
+                _kernels[rule, kept] = compiled(rule, numba_source(rule), {"_T": numba.from_dtype(kept)}, str(kept))
+        return int(_kernels[rule, kept].address)
 
 
-def _compile(rule: Rule, dtype: np.dtype[Any]) -> Any:
-    source = numba_source(rule)
-    scope: dict[str, Any] = {
-        "__name__": __name__,  # Numba imports a cached function's module
-        "_view": view_of,
-        "_T": numba.from_dtype(dtype),
-        "_I64": types.int64,
-        "_CHUNK": CHUNK,
-        "sqrt": math.sqrt,
-        "absolute": abs,
-        "sign": _sign,
-        "maximum": _maximum,
-        "minimum": _minimum,
-    }
+def compiled(rule: Rule, source: str, names: dict[str, Any], tag: str) -> Any:
+    """A loop from its source and the names in it. tag: what else it depends on."""
+    scope = {"__name__": __name__, **_NAMES, **names}  # Numba imports a cached function's module
     # Compiled under the rules file's name, or Numba would find no place for its disk cache; the hash in the function's
     # name keeps a changed rule, shell or dtype from finding an old entry.
     exec(compile(source, rule.file, "exec"), scope)
     function = scope["kernel"]
-    digest = hashlib.sha256(f"{source}{dtype}{_HASH}".encode()).hexdigest()[:12]
-    function.__name__ = function.__qualname__ = f"{rule.name}_{dtype}_{digest}"
+    digest = hashlib.sha256(f"{source}{tag}{_HASH}".encode()).hexdigest()[:12]
+    function.__name__ = function.__qualname__ = f"{rule.name}_{digest}"
     return cached(lambda **options: numba.cfunc(_SIGNATURE, **options)(function))
 
 

@@ -216,10 +216,12 @@ class Stepper:
         self._t = t
         self._writes = writes
         rows = [(k, row) for k, part in enumerate(parts) for row in part.rows]
-        # the last column is for the address of counts
-        self._rows = np.zeros((len(rows), COLUMNS + 2 + max(len(row) for _, row in rows)), np.int64)
+        # The last columns are for the address of counts, or for what random bits depend on.
+        self._rows = np.zeros((len(rows), COLUMNS + 4 + max(len(row) for _, row in rows)), np.int64)
         for r, (k, (p, *states)) in enumerate(rows):
             addresses = [address(p), 0, *map(address, states)]
+            if (kept := parts[k].kept) is not None:
+                addresses += [0, kept.seed, 0]
             self._rows[r, : COLUMNS + len(addresses)] = [p.size, k, *addresses]
         self._first = _chunks(self._rows)
         self._n = int(self._rows[:, 0].sum())
@@ -227,6 +229,15 @@ class Stepper:
         gradients = self._rows[:, COLUMNS + 1]
         self._gradients = [gradients[end - len(part.rows) : end] for part, end in zip(parts, ends, strict=True)]
         self._nbytes = [np.array([row[0].nbytes for row in part.rows], np.int64) for part in parts]
+        plain = [k for k, part in enumerate(parts) if part.kept is None]
+        self._plain_parts = [[table[k] for k in plain] for table in (parts, self._gradients, self._nbytes)]
+        self._stored = [k for k, part in enumerate(parts) if part.kept is not None]
+        self._forms = {k: kept.form for k, part in enumerate(parts) if (kept := part.kept) is not None}
+        self._steps = {}
+        for k in self._stored:
+            mine = self._rows[ends[k] - len(parts[k].rows) : ends[k], COLUMNS + 1 + len(parts[k].rows[0]) :]
+            mine[:, 0] = parts[k].first
+            self._steps[k] = mine[:, 2]
         self._rules: list[Rule] = []
         self._kernels = np.zeros(len(parts), np.int64)
         self._coefficients = np.zeros((len(parts), 1))
@@ -249,7 +260,8 @@ class Stepper:
             self._coefficients[k, : len(values)] = values
 
     def _take(self, rules: Sequence[Rule]) -> None:
-        kernels = [kernel(rule, part.dtype) for rule, part in zip(rules, self._parts, strict=True)]
+        kept = [self._forms.get(k, part.dtype) for k, part in enumerate(self._parts)]
+        kernels = [kernel(rule, how) for rule, how in zip(rules, kept, strict=True)]
         coefficients = np.zeros((len(rules), max(1, *(len(rule.coefficients) for rule in rules))))
         if rules[0].counts and not len(self._counts):
             self._counts = np.zeros(self._first[-1], np.int64)
@@ -266,8 +278,8 @@ class Stepper:
         gradients: Sequence[Gradients | Placed],
     ) -> None:
         """Step number t, with a rule, its coefficients and its gradients for each part."""
+        alive = self._bind_all(gradients, t)
         self._use(rules, coefficients)
-        alive = self._bind_all(gradients)
         launch(self._n, self._rows, self._first, self._kernels, self._coefficients, self._t, t)
         del alive  # copies that had to outlive the launch
 
@@ -275,9 +287,9 @@ class Stepper:
         self, t: int, rules: Sequence[Rule], gradients: Sequence[Gradients | Placed], guard: Guard
     ) -> None:
         """`step` with the coefficients that the guard decides on, or no step."""
+        alive = self._bind_all(gradients, t)
         if self._rules != rules:
             self._take(rules)
-        alive = self._bind_all(gradients)
         if guard.settings.zeroes:
             _checks.zeroable(gradients)
         total = None
@@ -300,16 +312,36 @@ class Stepper:
                     fill(0)
         del alive
 
-    def _bind_all(self, gradients: Sequence[Gradients | Placed]) -> list[list[Array]]:
+    def _bind_all(self, gradients: Sequence[Gradients | Placed], t: int) -> list[list[Array]]:
         """Check the gradients and write their addresses. Returns copies that must outlive the launch."""
-        alive = []
-        parts = zip(self._parts, self._gradients, self._nbytes, gradients, strict=True)
-        for part, column, nbytes, given in parts:
+        alive = [self._bind_stored(k, gradients[k], t) for k in self._stored]
+        if self._stored:
+            gradients = [g for k, g in enumerate(gradients) if k not in self._forms]
+        for part, column, nbytes, given in zip(*self._plain_parts, gradients, strict=True):
             if isinstance(given, (FlatBuffer, Placed)):  # a tuple is asked three times as fast
                 column[:] = given.addresses
             else:
                 alive.append(self._bind(part, column, nbytes, given))
         return alive
+
+    def _bind_stored(self, k: int, given: Gradients | Placed, t: int) -> list[Array]:
+        """The gradients of a part of which something is kept in 16 bits: their kind chooses the kernel."""
+        from fused_adam.backends import _stored
+
+        part, column = self._parts[k], self._gradients[k]
+        kept, gs = _stored.gradients(part, given)
+        if isinstance(given, FlatBuffer):
+            column[:] = given.addresses
+        elif isinstance(given, Loose):
+            column[:] = [*map(address, gs)]
+            hit = self._writes.first_overlap(column, np.array([g.nbytes for g in gs], np.int64))
+            if hit >= 0:
+                raise _checks.overlap(given.names[hit])
+        if kept.form != self._forms[k]:
+            self._forms[k] = kept.form
+            self._rules = []  # so that kernels are chosen again
+        self._steps[k][:] = t
+        return [*gs]
 
     def step_rows(
         self,

@@ -58,7 +58,7 @@ def _quiet() -> contextvars.Context:
     return context
 
 
-_Call = tuple[Callable[..., Any], list[Any]]
+_Call = tuple[Callable[..., Any], Sequence[Any]]
 
 
 _ZERO = np.zeros((), np.uint8)
@@ -233,16 +233,52 @@ class Stepper:
         gradients: Sequence[Gradients | Placed],
     ) -> None:
         """Step number t, with a rule, its coefficients and its gradients for each part."""
+        _execute(self._all_calls(t, rules, coefficients, gradients), self._t, t)
+
+    def _all_calls(
+        self,
+        t: int,
+        rules: Sequence[Rule],
+        coefficients: Sequence[Sequence[float]],
+        gradients: Sequence[Gradients | Placed],
+    ) -> list[_Call]:
         calls: list[_Call] = []
-        for rule, values, (rows, gs) in zip(rules, coefficients, self._pairs(gradients), strict=True):
+        for part, rule, values, given in zip(self._parts, rules, coefficients, gradients, strict=True):
+            if part.kept is not None:
+                calls += self._stored_calls(part, t, rule, values, given)
+                continue
+            rows, gs = self._pair(part, given)
             for (p, *states), g in zip(rows, gs, strict=True):
                 calls += _calls(rule, values, p, g, states)
-        _execute(calls, self._t, t)
+        return calls
+
+    def _stored_calls(
+        self, part: Rows, t: int, rule: Rule, values: Sequence[float], given: Gradients | Placed
+    ) -> list[_Call]:
+        """Of parameters that are kept in 16 bits, or whose gradients or states are."""
+        from fused_adam.backends import _numpy_stored, _stored
+
+        kept, gs = _stored.gradients(part, given)
+        flat = isinstance(given, FlatBuffer)
+        if not flat:
+            self._refuse_overlaps(given, gs)
+        f, rows = kernel(rule)
+        scratch = _scratch(2 + len(rule.states) + rows, part.dtype)
+        calls: list[_Call] = []
+        each = zip(part.runs if flat else part.rows, gs, part.run_first if flat else part.first, strict=True)
+        for (p, *rest), g, first in each:
+            calls += _numpy_stored.calls(rule, f, values, p, g, rest, kept._replace(t=t), first, scratch, CHUNK)
+        return calls
 
     def step_guarded(
         self, t: int, rules: Sequence[Rule], gradients: Sequence[Gradients | Placed], guard: Guard
     ) -> None:
         """`step` with the coefficients that the guard decides on, or no step."""
+        if any(part.kept is not None for part in self._parts):  # of which nothing is asked that needs the gradients
+            coefficients = guard.decide(None)
+            if coefficients is not None:
+                _execute(self._all_calls(t, rules, coefficients, gradients), self._t, t)
+            return
         pairs = self._pairs(gradients)
         if guard.settings.zeroes:
             _checks.zeroable(gradients)
@@ -265,13 +301,12 @@ class Stepper:
 
     def _pairs(self, gradients: Sequence[Gradients | Placed]) -> list[tuple[list[Any], list[Array]]]:
         """For each part the rows to step over and the gradient of each, checked."""
-        pairs: list[tuple[list[Any], list[Array]]] = []
-        for part, given in zip(self._parts, gradients, strict=True):
-            if isinstance(given, FlatBuffer):
-                pairs.append((part.runs, given.runs))
-            else:
-                pairs.append((part.rows, given.arrays(part) if isinstance(given, Placed) else self._checked(given)))
-        return pairs
+        return [self._pair(part, given) for part, given in zip(self._parts, gradients, strict=True)]
+
+    def _pair(self, part: Rows, given: Gradients | Placed) -> tuple[list[Any], list[Array]]:
+        if isinstance(given, FlatBuffer):
+            return part.runs, given.runs
+        return part.rows, given.arrays(part) if isinstance(given, Placed) else self._checked(given)
 
     def _total(self, pairs: Sequence[tuple[Any, Sequence[Array]]], guard: Guard) -> Total:
         total = Total()
@@ -318,8 +353,11 @@ class Stepper:
 
     def _checked(self, given: Loose) -> list[Array]:
         gs = [_checks.gradient(*x) for x in zip(given.names, given.arrays, given.parameters, strict=True)]
+        self._refuse_overlaps(given, gs)
+        return gs
+
+    def _refuse_overlaps(self, given: Any, gs: Sequence[Array]) -> None:
         starts = np.array([address(g) for g in gs], np.int64)
         hit = self._writes.first_overlap(starts, np.array([g.nbytes for g in gs], np.int64))
         if hit >= 0:
             raise _checks.overlap(given.names[hit])
-        return gs

@@ -1,0 +1,173 @@
+"""The conversions of `_storage` over tiles, for Numba: loops that LLVM vectorises, called from compiled loops.
+
+The arrays of a tile are contiguous and of one size, short enough to stay in the first cache beside its float32 rows. No
+loop both converts and updates: LLVM would not vectorise it. Numba computes with integers in 64 bits; where a cast or a
+mask cuts them to 32 again, LLVM does all of it in lanes of 32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from fused_adam._philox import EACH, MULTIPLIERS, ROUNDS, WEYL
+from fused_adam._storage import NAN_BF16, NAN_F16
+from fused_adam.backends._numba_kernels import cached
+
+_U32 = np.uint32
+_MAGNITUDE, _INFINITY, _NAN = _U32(0x7FFFFFFF), _U32(0x7F800000), _U32(0x7FC00000)
+_NAN_BF16, _NAN_F16, _INFINITY_F16 = _U32(NAN_BF16), _U32(NAN_F16), _U32(0x7C00)
+_ONE = _U32(1)
+_HALF8, _HALF13, _HALF16 = _U32(0x80), _U32(0x1000), _U32(0x8000)  # of the last bit kept when so many are cut off
+_UNSCALE = np.float32(2.0**112)  # the difference of the exponents' biases
+_HALF, _LEAST = np.float32(0.5), np.float32(2.0**-14)
+_MULTIPLIERS, _WEYL = tuple(map(np.uint64, MULTIPLIERS)), tuple(map(_U32, WEYL))
+
+
+def _bitcast(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+    return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+
+@intrinsic
+def bits_of(typingctx: Any, x: Any) -> Any:
+    """Those of a float32 as uint32."""
+    return types.uint32(types.float32), _bitcast
+
+
+@intrinsic
+def float_of(typingctx: Any, bits: Any) -> Any:
+    """The float32 that these uint32 bits are."""
+    return types.float32(types.uint32), _bitcast
+
+
+def tiles(f: Any) -> Any:
+    """A function over tiles; of whatever types it is called with."""
+    return cached(lambda **options: numba.njit(**options)(f))
+
+
+@tiles
+def decode_bfloat16(stored: Any, x: Any) -> None:
+    for k in range(x.size):
+        x[k] = float_of(_U32(stored[k] << 16))
+
+
+@tiles
+def encode_bfloat16(x: Any, stored: Any) -> None:
+    for k in range(x.size):
+        w = bits_of(x[k])
+        near = _U32(_U32(w + 0x7FFF + (w >> 16 & 1)) >> 16)
+        stored[k] = _NAN_BF16 if w & _MAGNITUDE > _INFINITY else near
+
+
+@tiles
+def encode_bfloat16_stochastic(x: Any, stored: Any, noise: Any) -> None:
+    for k in range(x.size):
+        w = bits_of(x[k])
+        a = _U32(w & _MAGNITUDE)
+        up = _HALF16 if a >= 0x7F7F0000 else _U32(noise[k])
+        stored[k] = _NAN_BF16 if a > _INFINITY else _U32(_U32(w + up) >> 16)
+
+
+@tiles
+def decode_float16(stored: Any, x: Any) -> None:
+    """stored: as uint16. The product mends the exponent, and gives a subnormal number one."""
+    for k in range(x.size):
+        h = stored[k]
+        a = _U32(h & 0x7FFF)
+        scaled = bits_of(float_of(_U32(a << 13)) * _UNSCALE)
+        special = _INFINITY if a >= _INFINITY_F16 else _U32(0)
+        x[k] = float_of(_U32(scaled | special | _U32(_U32(h & 0x8000) << 16)))
+
+
+@tiles
+def encode_float16(x: Any, stored: Any) -> None:
+    """stored: as uint16. The sum rounds what is subnormal in float16, in units of its last bit."""
+    for k in range(x.size):
+        w = bits_of(x[k])
+        a = _U32(w & _MAGNITUDE)
+        odd = _U32(_U32(a >> 13) & _ONE)
+        normal = _U32(_U32(a + _U32(0xC8000FFF) + odd) >> 13)
+        small = _U32(bits_of(float_of(a) + _HALF) - 0x3F000000)
+        h = min(small if a < 0x38800000 else normal, _INFINITY_F16)
+        stored[k] = _NAN_F16 if a > _INFINITY else _U32(h | w >> 16 & 0x8000)
+
+
+@tiles
+def encode_float16_stochastic(x: Any, stored: Any, noise: Any) -> None:
+    """stored: as uint16."""
+    for k in range(x.size):
+        w = bits_of(x[k])
+        a = _U32(w & _MAGNITUDE)
+        small = _U32(bits_of(float_of(a) + _LEAST) - 0x38800000)
+        fixed = small if a < 0x38800000 else _U32(a - 0x38000000)
+        up = _HALF13 if a >= 0x477FE000 else _U32(noise[k] >> 3)
+        h = min(_U32(_U32(fixed + up) >> 13), _INFINITY_F16)
+        stored[k] = _NAN_F16 if a > _INFINITY else _U32(h | w >> 16 & 0x8000)
+
+
+@tiles
+def decode_split16(p: Any, low: Any, x: Any) -> None:
+    for k in range(x.size):
+        x[k] = float_of(_U32((p[k] << 16) + np.int16(low[k])))
+
+
+@tiles
+def encode_split16(x: Any, p: Any, low: Any) -> None:
+    for k in range(x.size):
+        w = bits_of(x[k])
+        w = _NAN if w & _MAGNITUDE > _INFINITY else w
+        low[k] = w & 0xFFFF
+        p[k] = _U32(w + 0x8000) >> 16
+
+
+@tiles
+def decode_split8(p: Any, low: Any, x: Any) -> None:
+    for k in range(x.size):
+        x[k] = float_of(_U32((p[k] << 16) + (np.int8(low[k]) << 8)))
+
+
+@tiles
+def encode_split8(x: Any, p: Any, low: Any) -> None:
+    for k in range(x.size):
+        w = bits_of(x[k])
+        w = _NAN if w & _MAGNITUDE > _INFINITY else w
+        w = _U32(w + 0x7F + (w >> 8 & 1))
+        low[k] = w >> 8 & 0xFF
+        p[k] = _U32(w + 0x8000) >> 16
+
+
+@tiles
+def encode_split8_stochastic(x: Any, p: Any, low: Any, noise: Any) -> None:
+    for k in range(x.size):
+        w = bits_of(x[k])
+        a = _U32(w & _MAGNITUDE)
+        up = _HALF8 if a >= 0x7F7FFF00 else _U32(noise[k] >> 8)
+        w = _NAN if a > _INFINITY else _U32(w + up)
+        low[k] = w >> 8 & 0xFF
+        p[k] = _U32(w + 0x8000) >> 16
+
+
+@numba.njit(inline="always")
+def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
+    """One draw: four words of 32 bits, all uint32, from a counter and a key."""
+    for _ in range(ROUNDS):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = _U32(p1 >> 32) ^ c1 ^ k0, _U32(p1), _U32(p0 >> 32) ^ c3 ^ k1, _U32(p0)
+        k0, k1 = _U32(k0 + _WEYL[0]), _U32(k1 + _WEYL[1])
+    return c0, c1, c2, c3
+
+
+@tiles
+def fill_noise(seed: Any, t: Any, first: Any, stream: Any, noise: Any) -> None:
+    """16 random bits for each element (see `_philox`). noise: uint16, of a multiple of 8 elements; first: one too."""
+    words = noise.view(np.uint32)
+    s0, s1, t0, t1 = _U32(seed), _U32(seed >> 32), _U32(t), _U32(t >> 32)
+    for b in range(words.size // 4):
+        draw = first // EACH + b
+        high = _U32(draw >> 32 | stream << 28)
+        words[4 * b], words[4 * b + 1], words[4 * b + 2], words[4 * b + 3] = philox(_U32(draw), high, t0, t1, s0, s1)
