@@ -21,7 +21,8 @@ def kind_of(dtype: np.dtype[Any], declared: str | None = None) -> str:
     """What numbers of a dtype are called, "" if they are not known. declared: what uint16 holds."""
     if dtype == np.uint16:
         return declared or ""
-    return dtype.name if dtype.name in ("float64", "float32", "float16", "bfloat16") else ""
+    known = dtype.isnative and dtype.name in ("float64", "float32", "float16", "bfloat16")
+    return dtype.name if known else ""
 
 
 def carrier(kind: str) -> np.dtype[Any]:

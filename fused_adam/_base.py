@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fused_adam import _checks, _formats, _gradients, _memory, _rows, _state_dict
+from fused_adam import _checks, _formats, _gradients, _memory, _numbers, _rows, _state_dict
 from fused_adam._arrays import BLOCK, AnyArray
 from fused_adam._formats import Storage
 from fused_adam._guard import Settings, Stats
@@ -66,7 +66,7 @@ class Optimizer(ABC):
             groups = [{"params": params, **hyperparameters}]
         self._one_group = not _is_groups(params)
         self._names = tuple(hyperparameters)
-        self.per_row_step = _checks.flag("per_row_step", per_row_step)
+        self.per_row_step = _numbers.flag("per_row_step", per_row_step)
         self.settings = Settings.checked(**settings)
         self.storage = Storage.checked(master, state_dtype, stochastic_rounding, seed, dtype)
         if self.per_row_step and self.settings.any:
@@ -98,7 +98,7 @@ class Optimizer(ABC):
         return update
 
     def _check_one(self, name: str, value: Any) -> Any:
-        return _checks.HYPERPARAMETERS[name](name, value)
+        return _numbers.HYPERPARAMETERS[name](name, value)
 
     # --- construction -----------------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class Optimizer(ABC):
             update.at(1)  # a rule of the user's may refuse them
             self._check_format(part, update)
             states = [(name, self._initial(group, name)) for name in update.rule.states]
-            _checks.coefficients([f"initial {name}" for name, _ in states], [x for _, x in states], part.dtype)
+            _numbers.coefficients([f"initial {name}" for name, _ in states], [x for _, x in states], part.dtype)
             self._allocate(part, states, memory)
         self.param_groups = groups
         # What gradients are matched to: the caller's own lists and dicts may change.
@@ -296,12 +296,12 @@ class Optimizer(ABC):
             self._runner.step_on_device(updates, gradients, grad_scale, found_inf, stream)
             return
         t = self.t + 1
-        if t > _checks.MAX_STEP:
+        if t > _numbers.MAX_STEP:
             raise ValueError("the step count has reached 2**63 - 1")
         values = [u.at(t) for u in updates]
         if not self.per_row_step:  # whose rows take others
             for part, u, xs in zip(self._parts, updates, values, strict=True):
-                _checks.coefficients(u.rule.coefficients, xs, part.dtype)
+                _numbers.coefficients(u.rule.coefficients, xs, part.dtype)
         options = () if stream is None else (stream,)
         if by_row:
             _rows.step(self, t, updates, values, gradients, masks or _rows.masks_of(self, None), options)
@@ -310,7 +310,7 @@ class Optimizer(ABC):
 
     def _check_scale(self, grad_scale: Any) -> float:
         """A number by which gradients of all dtypes can be divided."""
-        scale = _checks.grad_scale(grad_scale)
+        scale = _numbers.grad_scale(grad_scale)
         if scale != 1.0 and any(math.isnan(unscaling(scale, part.dtype)) for part in self._parts):
             raise ValueError(f"grad_scale is {grad_scale}, of which the gradients' dtype has no inverse")
         return scale

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, pairwise
 from typing import Any
@@ -11,11 +10,6 @@ import numpy as np
 
 from fused_adam._arrays import DTYPES, AnyArray, Array, CudaArray, address, carried, kind_of, order, ravel
 from fused_adam._cuda_arrays import LEGACY_STREAM, view
-from fused_adam._memory import on_host
-
-MAX_STEP = 2**63 - 1
-# The largest float64 that rounds to a finite float32.
-FLOAT32_LIMIT = 3.4028235677973362e38
 
 
 def kind(x: Any) -> str:
@@ -29,145 +23,6 @@ def kind(x: Any) -> str:
     t = type(x)
     module = "" if t.__module__ in ("builtins", "__main__") else t.__module__.split(".")[0] + "."
     return f"a {module}{t.__name__}"
-
-
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def real(name: str, x: Any) -> float:
-    """A finite number as float. Raises TypeError or ValueError."""
-    if isinstance(x, bool | np.bool_) or not isinstance(x, int | float | np.integer | np.floating):
-        raise TypeError(f"{name} should be a number, got {x!r}")
-    try:
-        value = float(x)
-    except OverflowError:
-        value = math.inf
-    if not math.isfinite(value):
-        raise ValueError(f"{name} should be finite, got {value}")
-    return value
-
-
-def nonnegative(name: str, x: Any) -> float:
-    value = real(name, x)
-    if value < 0:
-        raise ValueError(f"{name} should be at least 0, got {x}")
-    return value
-
-
-def decay_rate(name: str, x: Any) -> float:
-    value = real(name, x)
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} should be in [0, 1), got {x}")
-    return value
-
-
-def betas(name: str, x: Any) -> tuple[float, float]:
-    if not isinstance(x, tuple | list) or len(x) != 2:
-        raise TypeError(f"{name} should be a pair of numbers, got {x!r}")
-    return decay_rate("beta1", x[0]), decay_rate("beta2", x[1])
-
-
-def flag(name: str, x: Any) -> bool:
-    if not isinstance(x, bool | np.bool_):
-        raise TypeError(f"{name} should be True or False, got {x!r}")
-    return bool(x)
-
-
-def max_norm(name: str, x: Any) -> float | None:
-    """A number > 0; inf is one that nothing exceeds."""
-    if x is None or (isinstance(x, float | np.floating) and x == math.inf):
-        return None if x is None else math.inf
-    value = real(name, x)
-    if value <= 0:
-        raise ValueError(f"{name} should be above 0, or None for no limit, got {x}")
-    return value
-
-
-def _scalar(name: str, x: Any) -> Any:
-    """A number, or that in an array of one on the host."""
-    if isinstance(x, bool | int | float | np.generic):
-        return x
-    if view(name, x) is not None:
-        needs = "the cupy backend and device_scalars=True (or max_grad_norm or skip_nonfinite)"
-        raise ValueError(f"{name} is on a GPU, which needs {needs}; pass a number")
-    masked = isinstance(x, np.ma.MaskedArray)
-    if not isinstance(x, np.ndarray) or masked or x.size != 1:
-        shape = f" of shape {x.shape}" if isinstance(x, np.ndarray) and not masked else ""
-        raise TypeError(f"{name} should be a number or an array of one, got {kind(x)}{shape}")
-    return x.reshape(())[()]
-
-
-def grad_scale(x: Any) -> float:
-    """What gradients are to be divided by. Arrays may hold anything: the step is skipped if it makes no sense."""
-    if isinstance(x, int | float | np.generic):
-        value = real("grad_scale", x)
-        if not value > 0:
-            raise ValueError(f"grad_scale should be above 0, got {x}")
-        return value
-    held = _scalar("grad_scale", x)
-    if np.asarray(held).dtype.kind not in "fiu":
-        raise TypeError(f"grad_scale should hold a number, got {kind(x)}")
-    return float(held)
-
-
-def found_inf(x: Any) -> bool:
-    if x is None:
-        return False
-    held = np.asarray(_scalar("found_inf", x))
-    if held.dtype.kind not in "fiub":
-        raise TypeError(f"found_inf should hold a number, got {kind(x)}")
-    return bool(held != 0)
-
-
-def step_number(x: Any, least: int = 1, name: str = "step") -> int:
-    if isinstance(x, bool | np.bool_) or not isinstance(x, int | np.integer):
-        raise TypeError(f"{name} should be an int, got {x!r}")
-    if not least <= x <= MAX_STEP:
-        given = x if abs(int(x)) < 2**64 else "a larger one"  # Python refuses to print very long integers
-        hint = "; it is 1 on the first call" if least else ""
-        raise ValueError(f"{name} should be in [{least}, 2**63), got {given}{hint}")
-    return int(x)
-
-
-# Libraries whose form of Adam can be asked for; `_optimizer.Adam` says what they are.
-NUMERICS = ("torch", "tf", "keras", "apex", "optax", "bitsandbytes", "mlx")
-
-
-def numerics(name: str, x: Any) -> str:
-    if not isinstance(x, str):
-        raise TypeError(f"{name} should be a string, got {x!r}")
-    if x not in NUMERICS:
-        raise ValueError(f"{name} should be one of {', '.join(NUMERICS)}, got {x!r}")
-    return x
-
-
-HYPERPARAMETERS = {
-    "lr": nonnegative,
-    "betas": betas,
-    "eps": nonnegative,
-    "weight_decay": nonnegative,
-    "momentum": nonnegative,
-    "dampening": real,
-    "lr_decay": nonnegative,
-    "initial_accumulator_value": nonnegative,
-    "alpha": decay_rate,
-    "nesterov": flag,
-    "centered": flag,
-    "amsgrad": flag,
-    "maximize": flag,
-    "numerics": numerics,
-    "eps_root": nonnegative,
-}
-
-
-def coefficients(names: Sequence[str], values: Sequence[float], dtype: np.dtype[Any]) -> None:
-    """Raises ValueError for a coefficient that is not finite in the compute type."""
-    limit = FLOAT32_LIMIT if dtype == np.float32 else math.inf
-    if sum(map(abs, values)) < limit:  # quickly, and false of NaN
-        return
-    for name, value in zip(names, values, strict=True):
-        if not abs(value) <= limit or value in (math.inf, -math.inf):
-            raise ValueError(f"coefficient {name} is {value}, which {dtype} cannot hold; use smaller hyperparameters")
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------------
@@ -219,7 +74,7 @@ def same_place(name: str, x: int | None, other: str, y: int | None) -> None:
         raise ValueError(f"{name} is in {place(x)} but {other} is in {place(y)}; copy one to where the other is")
 
 
-def _together(name: str, a: AnyArray, other: str, b: AnyArray) -> None:
+def together(name: str, a: AnyArray, other: str, b: AnyArray) -> None:
     same_place(name, device(a), other, device(b))
 
 
@@ -254,7 +109,7 @@ def parameters(named: list[tuple[str, Any]], declared: str | None = None) -> tup
         _writable(name, p)
     first = next((k for k, p in enumerate(arrays) if p.size), 0)
     for (name, _), p in zip(named, arrays, strict=True):
-        _together(name, p, named[first][0], arrays[first])
+        together(name, p, named[first][0], arrays[first])
     extents = sorted(
         (address(p), address(p) + p.nbytes, name) for (name, _), p in zip(named, arrays, strict=True) if p.size
     )
@@ -296,7 +151,7 @@ def gradient(name: str, g: Any, p: AnyArray, stream: int = LEGACY_STREAM) -> Any
         raise ValueError(f"{name} has shape {g.shape} but the parameter has {p.shape}")
     if g.dtype != p.dtype:
         raise ValueError(f"{name} has dtype {g.dtype} but the parameter has {p.dtype}; pass .astype({p.dtype.name!r})")
-    _together(name, g, "the parameter", p)
+    together(name, g, "the parameter", p)
     _contiguous(name, g)
     if isinstance(g, CudaArray):
         if order(g) != order(p) and g.ndim > 1:
@@ -344,86 +199,6 @@ def zeroable(given: Sequence[Any]) -> None:
             raise ValueError(f"{names} share memory; zero_grads needs a gradient of its own for each")
 
 
-# --- rows of a parameter ----------------------------------------------------------------------------------------------
-
-
-def rows(name: str, p: AnyArray, needed: bool = True) -> tuple[int, int]:
-    """How many rows the parameter of a gradient has along its first axis, and of how many elements each is.
-
-    needed: the caller named rows, so there must be a first axis; otherwise a scalar is one row.
-    """
-    if not p.shape and needed:
-        raise ValueError(f"{name} is of some rows but the parameter has shape (); pass an array of that shape")
-    if order(p) != "C":
-        why = "is stepped row by row but the parameter is in Fortran order"
-        raise ValueError(f"{name} {why}; make it a parameter in C order, np.ascontiguousarray(...)")
-    n = p.shape[0] if p.shape else 1
-    return n, math.prod(p.shape[1:])
-
-
-def _unmasked(name: str, given: Any) -> Array:
-    """A copy on the host of what is no masked array, whose masked entries no later check would see."""
-    if isinstance(given, np.ma.MaskedArray):
-        raise TypeError(f"{name} should not be a masked array; pass its .compressed() or .filled()")
-    return on_host(given)
-
-
-def indices(name: str, given: Any, n: int) -> Array:
-    """The numbers of rows, of n that there are, as int64 on the host."""
-    a = _unmasked(name, given)
-    if a.dtype.kind not in "iu" and not (isinstance(given, list | tuple) and not given):
-        hint = "; for a mask pass step(grads, mask=...)" if a.dtype == np.bool_ else ""
-        raise TypeError(f"{name} should be integers, got {kind(given)}{hint}")
-    if a.ndim != 1:
-        raise ValueError(f"{name} should be 1-D, got shape {a.shape}")
-    if a.size and not (a.min() >= 0 and a.max() < n):
-        k = int(np.flatnonzero((a < 0) | (a >= n))[0])
-        raise ValueError(f"{name}[{k}] is {a[k]} but the parameter has {n} rows, numbered from 0")
-    return a.astype(np.int64)
-
-
-def row_values(name: str, given: Any, k: int, p: AnyArray, stream: int = LEGACY_STREAM) -> Any:
-    """The gradients of k rows of p as a 1-D array. stream: that of the step, for a parameter on a GPU."""
-    found = array(name, given, stream)
-    shape = (k, *p.shape[1:])
-    if found.shape != shape:
-        raise ValueError(f"{name} has shape {found.shape} but the indices and the parameter ask for {shape}")
-    if found.dtype != p.dtype:
-        fix = f"pass .astype({p.dtype.name!r})"
-        raise ValueError(f"{name} has dtype {found.dtype} but the parameter has {p.dtype}; {fix}")
-    _together(name, found, "the parameter", p)
-    if isinstance(found, CudaArray):
-        if order(found) != "C":
-            raise ValueError(f"{name} is not in C order; pass cupy.ascontiguousarray({name})")
-        return ravel(found)
-    return np.ascontiguousarray(found).reshape(-1)
-
-
-def row_mask(name: str, given: Any) -> Array:
-    """A boolean for each row, on the host."""
-    a = _unmasked(name, given)
-    if a.dtype != np.bool_:
-        raise TypeError(f"{name} should be an array of booleans, got {kind(given)}")
-    if a.ndim != 1:
-        raise ValueError(f"{name} should be 1-D, a boolean for each row, got shape {a.shape}")
-    return a
-
-
-def row_steps(name: str, given: Any, like: Array, t: int) -> Array:
-    """How many steps each row has done, of t that there were."""
-    a = _unmasked(name, given)
-    if a.dtype != np.int64 or a.shape != like.shape:
-        raise ValueError(f"{name} has shape {a.shape} and dtype {a.dtype}; expected {like.shape} and int64")
-    if a.size and not (a.min() >= 0 and a.max() <= t):
-        raise ValueError(f"{name} should be in [0, {t}], the optimizer's t, got {a.min()} to {a.max()}")
-    return a
-
-
-def mask_fits(name: str, n: int, gradient: str, rows: int) -> None:
-    if n != rows:
-        raise ValueError(f"{name} has {n} entries but the parameter of {gradient} has {rows} rows")
-
-
 class Extents:
     """The memory that a step writes, to ask whether a gradient lies in it."""
 
@@ -464,7 +239,7 @@ def step_arrays(arrays: dict[str, Any]) -> list[Any]:
             raise ValueError(f"{name} has shape {a.shape} but p has {p.shape}")
         if a.dtype != p.dtype:
             raise ValueError(f"{name} has dtype {a.dtype} but p has {p.dtype}")
-        _together(name, a, "p", p)
+        together(name, a, "p", p)
         _contiguous(name, a)
         if not _same_order(a, p):
             raise ValueError(f"{name} is in {order(a)} order but p is in {order(p)} order; make them alike")
@@ -504,7 +279,7 @@ def flatten(named: list[tuple[str, Any]], dtype: Any) -> tuple[list[tuple[int, .
             raise ValueError(
                 f"{name} has dtype {a.dtype} but {named[0][0]} has {arrays[0].dtype}; pass dtype= to convert"
             )
-        _together(name, a, named[0][0], arrays[0])
+        together(name, a, named[0][0], arrays[0])
     return [a.shape for a in arrays], chosen or arrays[0].dtype
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from fused_adam import _checks
+from fused_adam import _numbers
 from fused_adam._codegen import Rule
 from fused_adam._storage import Format
 
@@ -55,8 +55,8 @@ class Storage(NamedTuple):
         return cls(
             master,
             state_dtype,
-            _checks.flag("stochastic_rounding", stochastic_rounding),
-            _checks.step_number(seed, least=0, name="seed"),
+            _numbers.flag("stochastic_rounding", stochastic_rounding),
+            _numbers.step_number(seed, least=0, name="seed"),
             dtype,
         )
 

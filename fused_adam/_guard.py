@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from fused_adam import _checks, _norm
+from fused_adam import _norm, _numbers
 
 
 class Options(TypedDict, total=False):
@@ -68,11 +68,11 @@ class Settings(NamedTuple):
     ) -> Settings:
         """From arguments. Raises TypeError or ValueError."""
         return cls(
-            _checks.flag("skip_nonfinite", skip_nonfinite),
-            _checks.max_norm("max_grad_norm", max_grad_norm),
-            _checks.flag("zero_grads", zero_grads),
-            _checks.flag("count_unmoved", count_unmoved),
-            _checks.flag("device_scalars", device_scalars),
+            _numbers.flag("skip_nonfinite", skip_nonfinite),
+            _numbers.max_norm("max_grad_norm", max_grad_norm),
+            _numbers.flag("zero_grads", zero_grads),
+            _numbers.flag("count_unmoved", count_unmoved),
+            _numbers.flag("device_scalars", device_scalars),
         )
 
     @property

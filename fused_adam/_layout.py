@@ -207,9 +207,9 @@ def flatten(tree: Any, dtype: Any = None) -> FlatBuffer:
         tree: an array, or dicts, lists and tuples of arrays, nested as they like. Any shape, order and stride. All are
             NumPy arrays, or all lie on one GPU: CuPy or Numba arrays, or any that have ``__cuda_array_interface__`` or
             DLPack.
-        dtype: float32, float64, float16, ml_dtypes' bfloat16, or "bfloat16": that as uint16, in which an optimizer takes
-            it with ``dtype="bfloat16"``. By default the arrays' own, which then must be one of these and the same for
-            all. On a GPU float32 or float64.
+        dtype: float32, float64, float16, ml_dtypes' bfloat16, or "bfloat16" for that as uint16, which optimizers take
+            with ``dtype="bfloat16"``. By default the arrays' own, which then must be one of these and the same for all.
+            On a GPU float32 or float64.
 
     Raises:
         TypeError: a leaf is not an array. ValueError: there is none, or their dtypes differ or are not supported.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Unpack
 
-from fused_adam import _checks, _coefficients
+from fused_adam import _checks, _coefficients, _numbers
 from fused_adam._base import Optimizer
 from fused_adam._codegen import bind
 from fused_adam._guard import Options
@@ -412,22 +412,22 @@ def _adam_step(
     """`adam_step` where the compiled call did not apply or refused: check everything in Python, explain or run."""
     arrays = {"p": p, "g": g, "m": m, "v": v} | ({} if max_v is None else {"max_v": max_v})
     check_name(backend)
-    t = _checks.step_number(step)
+    t = _numbers.step_number(step)
     group = {
-        "lr": _checks.nonnegative("lr", lr),
-        "betas": _checks.betas("betas", betas),
-        "eps": _checks.nonnegative("eps", eps),
-        "weight_decay": _checks.nonnegative("weight_decay", weight_decay),
+        "lr": _numbers.nonnegative("lr", lr),
+        "betas": _numbers.betas("betas", betas),
+        "eps": _numbers.nonnegative("eps", eps),
+        "weight_decay": _numbers.nonnegative("weight_decay", weight_decay),
         "amsgrad": max_v is not None,
-        "maximize": _checks.flag("maximize", maximize),
+        "maximize": _numbers.flag("maximize", maximize),
         "numerics": "torch",
         "eps_root": 0.0,
     }
-    update = _adam(group, _checks.flag("decoupled_weight_decay", decoupled))
+    update = _adam(group, _numbers.flag("decoupled_weight_decay", decoupled))
     views = _checks.step_arrays(arrays)
     dtype = views[0].dtype
     values = update.at(t)
-    _checks.coefficients(update.rule.coefficients, values, dtype)
+    _numbers.coefficients(update.rule.coefficients, values, dtype)
     p, g, *states = views
     load(choose(backend, p.size, _checks.device(p))).run(update.rule, values, p, g, states)
 

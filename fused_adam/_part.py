@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fused_adam import _checks, _storage
+from fused_adam import _row_checks, _storage
 from fused_adam._arrays import AnyArray, Array, carried, carrier, order, ravel
 from fused_adam._cuda_arrays import view
 from fused_adam._layout import FlatBuffer, Layout
@@ -51,7 +51,7 @@ class Part:
                     row[:] = _storage.decoded(ravel(p))
             layout = replace(layout, dtype=carrier(self.kept.form.states))
         for name, p in zip(self.names, self.parameters, strict=True):
-            rows = _checks.rows(name.replace("grads", "params", 1), p, needed=False)[0] if per_row_step else 0
+            rows = _row_checks.rows(name.replace("grads", "params", 1), p, needed=False)[0] if per_row_step else 0
             self.row_steps.append(np.zeros(rows, np.int64) if per_row_step else None)
         for name, value in states:
             self.states[name] = FlatBuffer(layout, memory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fused_adam import _checks
+from fused_adam import _numbers
 from fused_adam._layout import leaves
 from fused_adam._part import Part
 from fused_adam._sparse import Gather, Mask, SparseGrad, gather, row_masks
@@ -63,5 +63,5 @@ def has_rows(given: Gradients) -> bool:
 
 def _coefficients_at(t: int, part: Part, update: Update) -> list[float]:
     values = update.at(t)
-    _checks.coefficients(update.rule.coefficients, values, part.dtype)
+    _numbers.coefficients(update.rule.coefficients, values, part.dtype)
     return values

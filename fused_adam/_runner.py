@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fused_adam import _checks
+from fused_adam import _numbers
 from fused_adam._codegen import Rule, behind
 from fused_adam._guard import Guard, Settings, Stats
 from fused_adam._update import Update
@@ -97,7 +97,7 @@ class Runner:
                 found.append([known[name] for name in rule.coefficients])
             return found
 
-        scale, found = _checks.grad_scale(grad_scale), _checks.found_inf(found_inf)
+        scale, found = _numbers.grad_scale(grad_scale), _numbers.found_inf(found_inf)
         guard = Guard(self.settings, scale, found, {*self._dtypes}, coefficients)
         skipped = self._skipped + 1  # here, for once the step is done nothing may fail
         with DeferredInterrupt():  # one that came with the step would keep what it met from being known

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fused_adam import _checks
+from fused_adam import _checks, _numbers, _row_checks
 from fused_adam._arrays import AnyArray, Array
 from fused_adam._cuda_arrays import LEGACY_STREAM
 from fused_adam._layout import leaves, match
@@ -85,7 +85,7 @@ class Gather(NamedTuple):
         """The rows of gradients in one 1-D array, checked. stream: that of the step, on a GPU."""
         if isinstance(self.given, SparseGrad):
             k = len(self.rows) if self.order is None else len(self.order)
-            return _checks.row_values(f"{self.name}.values", self.given.values, k, self.p, stream)
+            return _row_checks.row_values(f"{self.name}.values", self.given.values, k, self.p, stream)
         return _checks.gradient(self.name, self.given, self.p, stream)
 
     def summed(self, values: Array) -> tuple[Array, Array]:
@@ -151,16 +151,16 @@ def gather(
     sparse = isinstance(g, SparseGrad)
     if not sparse and mask is None and row_steps is None:
         return None
-    n, width = _checks.rows(name, p, needed=sparse or mask is not None)
+    n, width = _row_checks.rows(name, p, needed=sparse or mask is not None)
     starts = order = None
     every = False
     if sparse:
         if mask is not None:
             raise ValueError(f"{name} is a SparseGrad and {mask.name} is given too; pass one of them")
-        rows, starts, order = _sorted(_checks.indices(f"{name}.indices", g.indices, n))
-        every = not _checks.flag(f"{name}.lazy", g.lazy)
+        rows, starts, order = _sorted(_row_checks.indices(f"{name}.indices", g.indices, n))
+        every = not _numbers.flag(f"{name}.lazy", g.lazy)
     elif mask is not None:
-        _checks.mask_fits(mask.name, mask.size, name, n)
+        _row_checks.mask_fits(mask.name, mask.size, name, n)
         rows = order = mask.rows
     else:
         rows = np.arange(n)
@@ -180,7 +180,7 @@ def row_masks(mask: Any, trees: Sequence[Any], one_group: bool) -> list[list[Mas
 
     def checked(name: str, given: Any) -> Mask | None:
         if given is not None and id(given) not in known:
-            a = _checks.row_mask(name, given)
+            a = _row_checks.row_mask(name, given)
             known[id(given)] = given, Mask(name, a.size, np.flatnonzero(a))
         return None if given is None else known[id(given)][1]
 

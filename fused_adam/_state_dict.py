@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fused_adam import _checks, _memory
+from fused_adam import _checks, _memory, _numbers, _row_checks
 from fused_adam._arrays import Array, order, ravel
 from fused_adam._part import ROW_STEPS
 from fused_adam.backends import DeferredInterrupt
@@ -43,7 +43,7 @@ def load(optimizer: Optimizer, d: Mapping[str, Any]) -> None:
         raise ValueError(f"state_dict has format {d['format']!r}; this version reads {_FORMAT}")
     if d["optimizer"] != type(optimizer).__name__:
         raise ValueError(f"state_dict is of {d['optimizer']!r} but this is {type(optimizer).__name__}")
-    t = _checks.step_number(d["t"], least=0, name='state_dict["t"]')
+    t = _numbers.step_number(d["t"], least=0, name='state_dict["t"]')
     for name, have in (("param_groups", len(optimizer.param_groups)), ("state", sum(map(len, optimizer._index)))):
         if not isinstance(d[name], list | tuple) or len(d[name]) != have:
             raise ValueError(f'state_dict["{name}"] should be a list of {have}, got {_checks.kind(d[name])}')
@@ -70,7 +70,9 @@ def load(optimizer: Optimizer, d: Mapping[str, Any]) -> None:
             row_steps = part.row_steps[j]
             _checks.same_keys(name, d["state"][number], part.keys)
             if row_steps is not None:
-                given_steps = _checks.row_steps(f'{name}["{ROW_STEPS}"]', d["state"][number][ROW_STEPS], row_steps, t)
+                given_steps = _row_checks.row_steps(
+                    f'{name}["{ROW_STEPS}"]', d["state"][number][ROW_STEPS], row_steps, t
+                )
                 writes.append((np.copyto, (row_steps, given_steps)))
             for key in [key for key in part.keys if key != ROW_STEPS]:
                 source = d["state"][number][key]

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fused_adam import _checks
+from fused_adam import _numbers
 from fused_adam._base import Optimizer
 from fused_adam._codegen import Rule, parse
 from fused_adam._guard import Options
@@ -63,7 +63,7 @@ def rule(update: Callable[..., Any], coefficients: Callable[..., Mapping[str, fl
             super().__init__(params, values, **options)
 
         def _check_one(self, name: str, value: Any) -> Any:
-            return _checks.real(name, value)
+            return _numbers.real(name, value)
 
         def _update(self, group: Mapping[str, Any]) -> Update:
             hyperparameters = {k: group[k] for k in defaults}
@@ -77,7 +77,7 @@ def rule(update: Callable[..., Any], coefficients: Callable[..., Mapping[str, fl
         for name in parsed.coefficients:
             if name not in values:
                 raise ValueError(f"coefficients of rule {parsed.name!r} did not return {name!r}")
-        return tuple(_checks.real(n, values[n]) for n in parsed.coefficients)
+        return tuple(_numbers.real(n, values[n]) for n in parsed.coefficients)
 
     Made.__name__ = update.__name__
     Made.__qualname__ = update.__qualname__

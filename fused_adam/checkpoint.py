@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fused_adam import _checks, _memory
+from fused_adam import _checks, _memory, _numbers
 from fused_adam._arrays import Array
 from fused_adam._cuda_arrays import view
 from fused_adam._layout import leaves, match
@@ -77,7 +77,7 @@ def convert(foreign: Any, optimizer: Adam, layout: str, *, t: int | None = None,
         raise ValueError(f'names is for layout "tf", not "{layout}"; leave it out')
     d = optimizer.state_dict()
     found = LAYOUTS[layout](foreign, optimizer, **({"names": names, "t": t} if layout == "tf" else {}))
-    d["t"] = _steps(found.t) if t is None else _checks.step_number(t, least=0, name="t")
+    d["t"] = _steps(found.t) if t is None else _numbers.step_number(t, least=0, name="t")
     for k, (group, values) in enumerate(zip(d["param_groups"], found.hyperparameters, strict=True)):
         group.update({name: _number(f"{name} of group {k}", x) for name, x in values.items()})
         optimizer._check(group)
@@ -139,7 +139,7 @@ def _steps(counts: list[Named]) -> int:
             if n >= 2**24 and _host(name, x).dtype == np.float32:
                 raise ValueError(f"{name} is {n}, and a float32 counts no further than 2**24; pass t=, the steps done")
             n = int(n)
-        done.append(_checks.step_number(n, least=0, name=name))
+        done.append(_numbers.step_number(n, least=0, name=name))
         if done[-1] != done[0]:
             raise ValueError(
                 f"{name} is {done[-1]} but {counts[0][0]} is {done[0]}, and an optimizer has one count of steps: "

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fused_adam import _checks
+from fused_adam import _checks, _numbers
 from fused_adam._tf_variables import Together, Variables
 from fused_adam.backends import DeferredInterrupt, check_name
 
@@ -67,7 +67,7 @@ class AdamOptimizer:
         self.beta1 = beta1
         self.beta2 = beta2
         self.epsilon = epsilon
-        self.use_locking = _checks.flag("use_locking", use_locking)
+        self.use_locking = _numbers.flag("use_locking", use_locking)
         if not isinstance(name, str):
             raise TypeError(f"name should be a string, got {name!r}")
         self.name = name
@@ -222,10 +222,10 @@ class AdamOptimizer:
 
 
 _NUMBERS: dict[str, Callable[[str, Any], float]] = {
-    "learning_rate": _checks.nonnegative,
-    "beta1": _checks.decay_rate,
-    "beta2": _checks.decay_rate,
-    "epsilon": _checks.nonnegative,
+    "learning_rate": _numbers.nonnegative,
+    "beta1": _numbers.decay_rate,
+    "beta2": _numbers.decay_rate,
+    "epsilon": _numbers.nonnegative,
 }
 
 

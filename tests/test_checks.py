@@ -38,7 +38,7 @@ class ArrayLike:
 WRONG = {
     "int64": (lambda a: a.astype(np.int64), r"dtype int64; expected float32 or float64"),
     "uint8": (lambda a: a.astype(np.uint8), r"dtype uint8; expected"),
-    "float16": (lambda a: a.astype(np.float16), r"dtype float16; expected"),
+    "complex": (lambda a: a.astype(np.complex64), r"dtype complex64; expected"),
     "longdouble": (lambda a: a.astype(np.longdouble), r"dtype \w+; expected float32 or float64|dtype float64 but"),
     "complex64": (lambda a: a.astype(np.complex64), r"dtype complex64; expected"),
     "object": (lambda a: a.astype(object), r"dtype object; expected"),
@@ -289,10 +289,11 @@ def test_flatten_refuses_wrong_leaves_and_dtypes():
             np.float32,
             r"tree\[0\] should be a NumPy array or one on a GPU, got a numpy.MaskedArray",
         ),
-        ([A], np.float16, r"dtype should be float32 or float64, got float16"),
-        ([A], ">f4", r"dtype should be float32 or float64, got >f4"),
-        ([A], "f4,(", r"dtype should be float32 or float64, got 'f4,\('"),
-        ([A], object(), r"dtype should be float32 or float64"),
+        ([A], np.complex64, r"dtype should be float32, float64, float16 or bfloat16, got complex64"),
+        ([A], np.uint16, r"dtype should be float32, float64, float16 or bfloat16, got uint16"),
+        ([A], ">f4", r"dtype should be float32, float64, float16 or bfloat16, got >f4"),
+        ([A], "f4,(", r"dtype should be float32, float64, float16 or bfloat16, got 'f4,\('"),
+        ([A], object(), r"dtype should be float32, float64, float16 or bfloat16"),
     ):
         with refused(message, A):
             fused_adam.flatten(tree, dtype)

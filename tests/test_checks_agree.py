@@ -15,7 +15,7 @@ import pytest
 from conftest import require
 from watch import adam_arrays, memory, misaligned, owner
 
-from fused_adam import _checks, _optimizer
+from fused_adam import _numbers, _optimizer
 
 require("numba")
 
@@ -31,7 +31,7 @@ DEFAULT = {
     "decoupled": False,
     "maximize": False,
 }
-LIMIT = _checks.FLOAT32_LIMIT
+LIMIT = _numbers.FLOAT32_LIMIT
 LENGTHS = [0.0, -0.0, 5e-324, 1e-46, 1.0, 3.4e38, LIMIT, np.nextafter(LIMIT, INF).item(), 1e39, 1e308, INF, NAN, -1e-9]
 NUMBERS = [*LENGTHS, -INF, 1, 0, True, None, "1", np.float32(0.5), np.float64(0.5), np.array(0.5), 10**400, 1j]
 RATES = [0.0, -0.0, 0.5, 1 - 2**-53, 1.0, -5e-324, 1.5, INF, NAN, 0, 1, False, None, np.float32(0.5)]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fused_adam import _checks, _coefficients
+from fused_adam import _checks, _coefficients, _numbers
 from fused_adam._arrays import Array, CudaArray
 from fused_adam._codegen import Rule
 from fused_adam._cuda_arrays import is_capturing, never_moves, view
@@ -274,8 +274,8 @@ def _group(u: Update, rule: Rule, dtype: np.dtype[Any], coefficients: int) -> An
     if len(rule.coefficients) > text.MOST_COEFFICIENTS:
         most = text.MOST_COEFFICIENTS - len(rule.coefficients) + len(u.rule.coefficients)
         raise ValueError(f"rule {u.rule.name!r} has {len(u.rule.coefficients)} coefficients; {most} fit on the device")
-    for t in (1, 2, _checks.MAX_STEP):  # between which all of them only grow or only fall
-        _checks.coefficients(u.rule.coefficients, u.at(t), dtype)
+    for t in (1, 2, _numbers.MAX_STEP):  # between which all of them only grow or only fall
+        _numbers.coefficients(u.rule.coefficients, u.at(t), dtype)
     group = np.zeros((), text.GROUP)
     group["formula"] = text.FORMULAS.index(u.formula.__name__) if u.formula else 0
     group["arguments"][: len(u.arguments)] = u.arguments
@@ -294,7 +294,7 @@ def _scalar(name: str, x: Any, stream: int, lent: list[CudaArray]) -> tuple[int,
     """A `Scalar` of control.cuh: a number, or one in memory of the device's, which is then lent."""
     found = None if x is None else view(name, x, stream)
     if found is None:
-        check = _checks.grad_scale if name == "grad_scale" else _checks.found_inf
+        check = _numbers.grad_scale if name == "grad_scale" else _numbers.found_inf
         return 0, 0, float(check(x))
     kinds = ("float32", "float64") if name == "grad_scale" else ("float32", "float64", "bool", "uint8")
     if found.size != 1 or found.dtype not in kinds:

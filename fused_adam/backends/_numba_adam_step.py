@@ -10,7 +10,7 @@ import numba
 import numpy as np
 from numba import types
 
-from fused_adam import _checks, _coefficients
+from fused_adam import _coefficients, _numbers
 from fused_adam._codegen import Rule, bind
 from fused_adam.backends._numba_kernels import CHUNK, kernel
 from fused_adam.backends.numba_cpu import COEFFICIENTS, F64, I64, INTS, SERIAL_BELOW, TABLE, chunk, jit, launch
@@ -76,7 +76,7 @@ def _adam_prepare(
     if variant >= 3:
         c[0, k] = -1.0
         k += 1
-    limit = _checks.FLOAT32_LIMIT if p.itemsize == 4 else 1.7976931348623157e308
+    limit = _numbers.FLOAT32_LIMIT if p.itemsize == 4 else 1.7976931348623157e308
     for i in range(k):
         if not abs(c[0, i]) <= limit:
             return _REFUSED

@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fused_adam import _checks, _coefficients
+from fused_adam import _checks, _coefficients, _numbers
 from fused_adam._arrays import Array, address
 from fused_adam._codegen import Rule
 from fused_adam._guard import Guard
@@ -59,7 +59,7 @@ def call(typingctx: Any, kernel: Any, row: Any, lo: Any, n: Any, coefficients: A
     return types.void(kernel, row, types.int64, types.int64, coefficients), codegen
 
 
-_SOURCES = [*sorted(Path(__file__).parent.glob("*.py")), Path(_coefficients.__file__), Path(_checks.__file__)]
+_SOURCES = [*sorted(Path(__file__).parent.glob("*.py")), Path(_coefficients.__file__), Path(_numbers.__file__)]
 _HASH = hashlib.sha256(b"".join(f.read_bytes() for f in _SOURCES)).hexdigest()[:12]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.optim import optimizer as _torch
 
-from fused_adam import _base, _checks
+from fused_adam import _base, _numbers
 from fused_adam._guard import Settings, Stats
 from fused_adam._update import Update
 from fused_adam.backends import check_name
@@ -68,7 +68,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> None:
         """What constructors do once torch's have: torch sets up the groups, and raises its own errors, first."""
         self._backend = check_name(backend)
-        self._step_supports_amp_scaling = _checks.flag("amp_scaling", amp_scaling)
+        self._step_supports_amp_scaling = _numbers.flag("amp_scaling", amp_scaling)
         self._settings = Settings.checked(skip_nonfinite, max_grad_norm, zero_grads, count_unmoved)
         self._options = Options(
             flat=flat,
@@ -82,7 +82,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._skipped = 0  # by bindings that are no more
         self._known: list[tuple[list[Any], Update]] = []
         self._updates()
-        if _checks.flag("flat", flat):
+        if _numbers.flag("flat", flat):
             self._flat = Flat(self._parameters())
         self._ready = True
 

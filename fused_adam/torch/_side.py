@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_adam import _checks
+from fused_adam import _checks, _numbers
 from fused_adam._guard import Settings, Stats
 from fused_adam._runner import Runner
 from fused_adam._update import Update
@@ -81,7 +81,7 @@ class Side:
         for group, dtype, t in zip(self._groups, self._dtypes, self.t, strict=True):
             update = updates[group]
             values = update.at(t + 1)
-            _checks.coefficients(update.rule.coefficients, values, dtype)
+            _numbers.coefficients(update.rule.coefficients, values, dtype)
             found.append(values)
         return found
 
