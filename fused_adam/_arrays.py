@@ -26,8 +26,8 @@ def kind_of(dtype: np.dtype[Any], declared: str | None = None) -> str:
 
 
 def carrier(kind: str) -> np.dtype[Any]:
-    """The dtype in which numbers of a kind are handled: uint16 for bfloat16, and for the part beside one."""
-    return np.dtype({"bfloat16": "u2", "split16": "u2"}.get(kind, kind))
+    """The dtype in which numbers of a kind are handled: unsigned for bfloat16, and for the part beside one."""
+    return np.dtype({"bfloat16": "u2", "split16": "u2", "split8": "u1"}.get(kind, kind))
 
 
 def carried(a: Any, kind: str) -> Any:

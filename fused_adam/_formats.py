@@ -25,6 +25,20 @@ FORMATS = tuple(
     )
 )
 RULES = ("momentum", "adam", "adamw", "lion", "lionw")
+# What only rules have that keep m and v.
+FORMATS_OF_ADAM = tuple(
+    Format(*row)
+    for row in (
+        ("float32", "float32", "int8", None),
+        ("bfloat16", "bfloat16", "int8", None),
+        ("bfloat16", "bfloat16", "int8", "float32"),
+        ("bfloat16", "bfloat16", "int8", "split16"),
+        ("bfloat16", "bfloat16", "int8", "split8"),
+        ("bfloat16", "bfloat16", "bfloat16", "split8"),
+    )
+)
+ADAM = ("adam", "adamw")
+_ALL = (*FORMATS, *FORMATS_OF_ADAM)
 
 
 class Storage(NamedTuple):
@@ -49,8 +63,8 @@ class Storage(NamedTuple):
         dtype: str | None = None,
     ) -> Storage:
         """From arguments. Raises TypeError or ValueError."""
-        _one_of("master", master, {f.master for f in FORMATS if f.master})
-        _one_of("state_dtype", state_dtype, {f.states for f in FORMATS})
+        _one_of("master", master, {f.master for f in _ALL if f.master})
+        _one_of("state_dtype", state_dtype, {f.states for f in _ALL})
         _one_of("dtype", dtype, {"bfloat16"})
         return cls(
             master,
@@ -72,22 +86,23 @@ class Storage(NamedTuple):
                 )
             return None
         found = Format(p, p, self.state_dtype or "float32", self.master, self.stochastic_rounding)
-        if not any(_alike(found, f) for f in FORMATS):
-            raise ValueError(f"{describe(found)} is not offered; there are {_list(FORMATS)}")
+        if not any(_alike(found, f) for f in _ALL):
+            raise ValueError(f"{describe(found)} is not offered; there are {_list(_ALL)}")
         return found
 
 
 def refuse_rule(rule: Rule, f: Format, name: str) -> None:
     """Raises ValueError unless the rule is offered."""
     core = (rule.base or rule).name
-    if core not in RULES:
-        raise ValueError(f"{name}: the rule {core} is not offered with {describe(f)}; {', '.join(RULES)} are")
+    offered = RULES if any(_alike(f, other) for other in FORMATS) else ADAM
+    if core not in offered:
+        raise ValueError(f"{name}: the rule {core} is not offered with {describe(f)}; {', '.join(offered)} are")
 
 
 def refuse_gradient(f: Format, name: str) -> None:
     """Raises ValueError unless gradients of this kind are offered."""
-    if f._replace(stochastic_rounding=False) not in FORMATS:
-        offered = [other for other in FORMATS if _alike(other, f)]
+    if f._replace(stochastic_rounding=False) not in _ALL:
+        offered = [other for other in _ALL if _alike(other, f)]
         raise ValueError(f"{name}: {describe(f)} is not offered; there are {_list(offered)}")
 
 

@@ -1,4 +1,4 @@
-"""Random bits for stochastic rounding: Philox-4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+"""Random bits for stochastic rounding: Philox-4x32-10 of Salmon et al. 2011, "Parallel random numbers".
 
 One draw of 128 bits serves 8 elements that follow each other in canonical order. The key is the seed, its lower half
 first. The counter is, from its lowest word on: the canonical index of the first of the 8 elements over 8 (60 bits), the

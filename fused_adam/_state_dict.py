@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fused_adam import _checks, _memory, _numbers, _row_checks
-from fused_adam._arrays import Array, order, ravel
-from fused_adam._part import ROW_STEPS
+from fused_adam import _checks, _numbers
+from fused_adam._arrays import Array
 from fused_adam.backends import DeferredInterrupt
 
 if TYPE_CHECKING:
@@ -67,20 +66,7 @@ def load(optimizer: Optimizer, d: Mapping[str, Any]) -> None:
             if tuple(part.states) != wanted:
                 raise ValueError(f"{path} asks for states {wanted} but this optimizer has {tuple(part.states)}")
             name = f'state_dict["state"][{number}]'
-            row_steps = part.row_steps[j]
-            _checks.same_keys(name, d["state"][number], part.keys)
-            if row_steps is not None:
-                given_steps = _row_checks.row_steps(
-                    f'{name}["{ROW_STEPS}"]', d["state"][number][ROW_STEPS], row_steps, t
-                )
-                writes.append((np.copyto, (row_steps, given_steps)))
-            for key in [key for key in part.keys if key != ROW_STEPS]:
-                source = d["state"][number][key]
-                p = part.parameters[j]
-                _checks.state(f'{name}["{key}"]', source, p.shape, part.dtype)
-                # 1-D and of one layout, so that nothing allocates, and so nothing fails, once the writing begins
-                host = np.array(_memory.on_host(source), order="C" if order(p) == "C" else "F")
-                writes.append(part.writes(j, f'{name}["{key}"]', key, ravel(host)))
+            writes += part.writes(j, name, d["state"][number], t)
             number += 1
     writes += [(g.update, (values,)) for g, values in zip(optimizer.param_groups, hyperparameters, strict=True)]
     if optimizer._on_device:

@@ -17,10 +17,10 @@ two, it is the one further from zero: to even would give one p 65,537 float32 nu
 
 split8: the same, of bits rounded to their upper 24. What rounds to infinity in 24 bits is infinity.
 
-Rounding is to nearest even, or stochastic: up with a probability of the part cut off, by 16 random bits (see `_philox`).
-What is beyond a format's largest number is rounded to nearest even so: no finite number becomes an infinity that would
-not otherwise, and none that would is kept finite. Infinity, NaN and what a format holds exactly never change. float16's
-subnormals are rounded to 2**-37 before, to nearest, which is their last bit and 13 more.
+Rounding is to nearest even, or stochastic: away from zero with the probability of the part cut off, by 16 random bits
+(see `_philox`). What is beyond a format's largest number is rounded to nearest all the same: the same finite numbers
+become infinite as otherwise, and no others. Infinity, NaN and what a format holds exactly never change. What is
+subnormal in float16 is rounded to 2**-37 before, to nearest, which is the last bit and 13 more.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Format(NamedTuple):
 def takes_int8(states: Sequence[str]) -> bool:
     """Whether a rule with these states may keep them in 8 bits: those with a mean m and a mean square v, and no other.
 
-    The code keeps m / sqrt(v), which is bounded for these. It has nothing to offer to a lone m (Lion, momentum) or v.
+    The code keeps m / sqrt(v), which is bounded for these. A lone m (Lion, momentum) or v has no such ratio.
     """
     return tuple(states) == ("m", "v")
 
@@ -189,7 +189,7 @@ def encode_split(x: Array, p: Array, low: Array, scratch: Scratch, noise: Array 
     a, c, mask = scratch.a[:n], scratch.c[:n], scratch.mask[:n]
     calls: list[Call] = [(np.copyto, (c, bits)), (np.not_equal, (x, x, mask)), (np.putmask, (c, mask, _NAN32))]
     if low.itemsize == 2:
-        part = c.view(np.uint16)[: 2 * p.size : 2]
+        part: Array = c.view(np.uint16)[: 2 * p.size : 2]
     else:
         part = c.view(np.uint8)[1 : 4 * p.size : 4]
         if noise is None:
@@ -229,9 +229,9 @@ def joined(p: Array, low: Array) -> Array:
     return row[: p.size]
 
 
-def split(x: Array) -> tuple[Array, Array]:
-    """bfloat16 parameters and the 16 bits beside them."""
-    p, low = np.empty((2, x.size), np.uint16)
+def split(x: Array, beside: np.dtype[Any]) -> tuple[Array, Array]:
+    """bfloat16 parameters and the part beside them, of uint16 or uint8."""
+    p, low = np.empty(x.size, np.uint16), np.empty(x.size, beside)
     row = np.zeros(max(x.size, 2), np.float32)
     row[: x.size] = x
     run(encode_split(row, p, low, Scratch(x.size)))

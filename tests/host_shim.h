@@ -60,6 +60,8 @@ inline To host_bits(From x) {
 }
 inline double __longlong_as_double(long long x) { return host_bits<double>(x); }
 inline long long __double_as_longlong(double x) { return host_bits<long long>(x); }
+inline float __uint_as_float(unsigned x) { return host_bits<float>(x); }
+inline unsigned __float_as_uint(float x) { return host_bits<unsigned>(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 
 typedef unsigned long long HostWord;

@@ -14,7 +14,7 @@ from conftest import same_bits
 
 import fused_adam
 from fused_adam import _storage
-from fused_adam._formats import FORMATS, RULES
+from fused_adam._formats import ADAM, FORMATS, FORMATS_OF_ADAM, RULES
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"bfloat16": BF16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
@@ -29,10 +29,11 @@ MAKE: dict[str, Any] = {
 }
 assert set(MAKE) == set(RULES)
 ROWS = [(rule, form, False) for rule in MAKE for form in FORMATS]
+ROWS += [(rule, form, False) for rule in ADAM for form in FORMATS_OF_ADAM]
 ROWS += [
     ("adamw", form, True)
-    for form in FORMATS
-    if "float16" in form.states or (form.master is None and form.p != "float32")
+    for form in (*FORMATS, *FORMATS_OF_ADAM)
+    if "float16" in form.states or (form.master in (None, "split8") and form.p != "float32")
 ]
 IDS = [
     " ".join(filter(None, (rule, f.p, f.g, f.states, f.master, "stochastic" * stochastic)))
@@ -173,7 +174,8 @@ def test_a_run_goes_on_bit_for_bit(rule: str, form: _storage.Format, stochastic:
     for n in range(1, 3):
         opt.step(draw(form.g, n))
     saved = opt.state_dict()
-    assert all(a.dtype == np.float32 for state in saved["state"] for a in state.values())
+    codes = {"m": np.int8, "v": np.uint8, "scales": np.uint16} if form.states == "int8" else {}
+    assert all(a.dtype == codes.get(name, np.float32) for state in saved["state"] for name, a in state.items())
     q = [a.copy() for a in p]
     again = MAKE[rule](q, **options(form, stochastic, backend="numba"))
     again.load_state_dict(saved)
@@ -185,6 +187,73 @@ def test_a_run_goes_on_bit_for_bit(rule: str, form: _storage.Format, stochastic:
     same_runs(opt, again, p, q)
     for one in (copied, unpickled):
         same_runs(opt, one, p, one.param_groups[0]["params"])
+
+
+def test_at_most_60_kernels_are_offered() -> None:
+    assert len(RULES) * len(FORMATS) + len(ADAM) * len(FORMATS_OF_ADAM) <= 60
+    assert len({*FORMATS, *FORMATS_OF_ADAM}) == len(FORMATS) + len(FORMATS_OF_ADAM)
+
+
+def test_codes_become_float32_and_codes_again(backend: str) -> None:
+    """Of a run with 8-bit states: near what float32 ones are, and as near when they are encoded anew."""
+    p, q = (draw("float32", 0) for _ in range(2))
+    opt, full = fused_adam.AdamW(p, state_dtype="int8", backend=backend), fused_adam.AdamW(q, backend=backend)
+    for n in range(1, 9):
+        for one in (opt, full):
+            one.step(draw("float32", n))
+    wanted = [{name: a.copy() for name, a in state.items()} for state in full.state_dict()["state"]]
+    full.load_state_dict(opt.state_dict())
+    decoded = full.state_dict()
+    opt.load_state_dict(decoded)
+    full.load_state_dict(opt.state_dict())
+    for saved in (decoded, full.state_dict()):
+        for mine, theirs in zip(saved["state"], wanted, strict=True):
+            if mine["m"].size > 1000:
+                off = mine["m"] / np.sqrt(mine["v"] + 1e-30) - theirs["m"] / np.sqrt(theirs["v"] + 1e-30)
+                assert float(np.sqrt(np.mean(off**2))) < 0.05
+
+
+def test_a_corrupt_block_is_named(backend: str) -> None:
+    p = draw("float32", 0)
+    opt = fused_adam.AdamW(p, state_dtype="int8", backend=backend)
+    opt.step(draw("float32", 1))
+    for change, message in (
+        (
+            lambda s: s["scales"].__setitem__(7, 0xFFFF),
+            re.escape('["state"][3]["scales"]: block 3, of elements from 192'),
+        ),
+        (lambda s: s["m"].__setitem__(700, -128), re.escape('["state"][3]["scales"]: block 10, of elements from 640')),
+        (lambda s: s.update(scales=s["scales"][:-2]), r"scales.* has shape \(32,\) and dtype uint16; expected \(34,\)"),
+        (lambda s: s.update(m=s["m"].astype(np.int16)), "dtype int16"),
+    ):
+        saved = opt.state_dict()
+        change(saved["state"][3])
+        before = opt.state_dict()
+        with pytest.raises(ValueError, match=message):
+            opt.load_state_dict(saved)
+        assert all(
+            same(a, b)
+            for x, y in zip(before["state"], opt.state_dict()["state"], strict=True)
+            for a, b in zip(x.values(), y.values(), strict=True)
+        )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_no_gradient_ruins_a_block(value: float, backend: str) -> None:
+    p, q = np.ones(256, np.float32), np.ones(256, np.float32)
+    opt = fused_adam.AdamW(p, lr=0.01, state_dtype="int8", backend=backend)
+    clean = fused_adam.AdamW(q, lr=0.01, backend=backend)
+    rng = np.random.default_rng(0)
+    for n in range(20):
+        g = rng.normal(size=256).astype(np.float32)
+        clean.step(g)
+        if n == 5:
+            g = g.copy()
+            g[70] = value
+        opt.step(g)
+    others = np.arange(256) != 70
+    assert np.isfinite(p[others]).all() and float(abs(p - q)[others].max()) < 0.02
+    assert np.isfinite(opt.state_dict()["state"][0]["m"]).all()
 
 
 def test_states_of_one_format_load_into_another() -> None:

@@ -1,8 +1,8 @@
-"""The conversions of `_storage` over tiles, for Numba: loops that LLVM vectorises, called from compiled loops.
+"""The conversions of `_storage` for Numba: of one element, to be inlined into loops, and of tiles.
 
-The arrays of a tile are contiguous and of one size, short enough to stay in the first cache beside its float32 rows. No
-loop both converts and updates: LLVM would not vectorise it. Numba computes with integers in 64 bits; where a cast or a
-mask cuts them to 32 again, LLVM does all of it in lanes of 32.
+A loop that converts and updates is vectorised as long as all that it does with integers is done in 32 bits. Numba
+computes in 64: casts and masks say where that is more than is needed, and comparisons are between casts. 16-bit arrays
+are uint16; those of a tile are contiguous and of one size, short enough to stay in the first cache.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _U32 = np.uint32
 _MAGNITUDE, _INFINITY, _NAN = _U32(0x7FFFFFFF), _U32(0x7F800000), _U32(0x7FC00000)
 _NAN_BF16, _NAN_F16, _INFINITY_F16 = _U32(NAN_BF16), _U32(NAN_F16), _U32(0x7C00)
 _ONE = _U32(1)
+_LARGEST_BF16, _LARGEST_F16, _LARGEST_SPLIT8 = _U32(0x7F7F0000), _U32(0x477FE000), _U32(0x7F7FFF00)
+_NORMAL_F16 = _U32(0x38800000)  # the smallest
 _HALF8, _HALF13, _HALF16 = _U32(0x80), _U32(0x1000), _U32(0x8000)  # of the last bit kept when so many are cut off
 _UNSCALE = np.float32(2.0**112)  # the difference of the exponents' biases
 _HALF, _LEAST = np.float32(0.5), np.float32(2.0**-14)
@@ -45,6 +47,97 @@ def float_of(typingctx: Any, bits: Any) -> Any:
     return types.float32(types.uint32), _bitcast
 
 
+# --- one element ------------------------------------------------------------------------------------------------------
+
+
+@numba.njit(inline="always")
+def from_bfloat16(h: Any) -> Any:
+    return float_of(_U32(h << 16))
+
+
+@numba.njit(inline="always")
+def to_bfloat16(x: Any) -> Any:
+    w = bits_of(x)
+    return _NAN_BF16 if x != x else _U32(_U32(w + 0x7FFF + (w >> 16 & 1)) >> 16)
+
+
+@numba.njit(inline="always")
+def to_bfloat16_stochastic(x: Any, noise: Any) -> Any:
+    w = bits_of(x)
+    up = _HALF16 if _U32(w & _MAGNITUDE) >= _LARGEST_BF16 else _U32(noise)
+    return _NAN_BF16 if x != x else _U32(_U32(w + up) >> 16)
+
+
+@numba.njit(inline="always")
+def from_float16(h: Any) -> Any:
+    """The product mends the exponent, and gives a subnormal number one."""
+    a = _U32(h & 0x7FFF)
+    scaled = bits_of(float_of(_U32(a << 13)) * _UNSCALE)
+    special = _INFINITY if a >= _INFINITY_F16 else _U32(0)
+    return float_of(_U32(scaled | special | _U32(_U32(h & 0x8000) << 16)))
+
+
+@numba.njit(inline="always")
+def to_float16(x: Any) -> Any:
+    """The sum rounds what is subnormal in float16, in units of its last bit."""
+    w = bits_of(x)
+    a = _U32(w & _MAGNITUDE)
+    normal = _U32(_U32(a + _U32(0xC8000FFF) + _U32(_U32(a >> 13) & _ONE)) >> 13)
+    small = _U32(bits_of(float_of(a) + _HALF) - 0x3F000000)
+    h = min(small if a < _NORMAL_F16 else normal, _INFINITY_F16)
+    return _NAN_F16 if x != x else _U32(h | w >> 16 & 0x8000)
+
+
+@numba.njit(inline="always")
+def to_float16_stochastic(x: Any, noise: Any) -> Any:
+    w = bits_of(x)
+    a = _U32(w & _MAGNITUDE)
+    small = _U32(bits_of(float_of(a) + _LEAST) - 0x38800000)
+    fixed = small if a < _NORMAL_F16 else _U32(a - 0x38000000)
+    up = _HALF13 if a >= _LARGEST_F16 else _U32(noise >> 3)
+    h = min(_U32(_U32(fixed + up) >> 13), _INFINITY_F16)
+    return _NAN_F16 if x != x else _U32(h | w >> 16 & 0x8000)
+
+
+@numba.njit(inline="always")
+def from_split16(p: Any, low: Any) -> Any:
+    return float_of(_U32((p << 16) + np.int16(low)))
+
+
+@numba.njit(inline="always")
+def to_split16(x: Any) -> Any:
+    """p and low."""
+    w = bits_of(x)
+    w = _NAN if _U32(w & _MAGNITUDE) > _INFINITY else w
+    return _U32(_U32(w + 0x8000) >> 16), _U32(w & 0xFFFF)
+
+
+@numba.njit(inline="always")
+def from_split8(p: Any, low: Any) -> Any:
+    return float_of(_U32((p << 16) + (np.int8(low) << 8)))
+
+
+@numba.njit(inline="always")
+def _split8(w: Any) -> Any:
+    return _U32(_U32(w + 0x8000) >> 16), _U32(w >> 8 & 0xFF)
+
+
+@numba.njit(inline="always")
+def to_split8(x: Any) -> Any:
+    w = bits_of(x)
+    return _split8(_NAN if _U32(w & _MAGNITUDE) > _INFINITY else _U32(w + 0x7F + (w >> 8 & 1)))
+
+
+@numba.njit(inline="always")
+def to_split8_stochastic(x: Any, noise: Any) -> Any:
+    w = bits_of(x)
+    up = _HALF8 if _U32(w & _MAGNITUDE) >= _LARGEST_SPLIT8 else _U32(noise >> 8)
+    return _split8(_NAN if _U32(w & _MAGNITUDE) > _INFINITY else _U32(w + up))
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
 def tiles(f: Any) -> Any:
     """A function over tiles; of whatever types it is called with."""
     return cached(lambda **options: numba.njit(**options)(f))
@@ -53,103 +146,70 @@ def tiles(f: Any) -> Any:
 @tiles
 def decode_bfloat16(stored: Any, x: Any) -> None:
     for k in range(x.size):
-        x[k] = float_of(_U32(stored[k] << 16))
+        x[k] = from_bfloat16(stored[k])
 
 
 @tiles
 def encode_bfloat16(x: Any, stored: Any) -> None:
     for k in range(x.size):
-        w = bits_of(x[k])
-        near = _U32(_U32(w + 0x7FFF + (w >> 16 & 1)) >> 16)
-        stored[k] = _NAN_BF16 if w & _MAGNITUDE > _INFINITY else near
+        stored[k] = to_bfloat16(x[k])
 
 
 @tiles
 def encode_bfloat16_stochastic(x: Any, stored: Any, noise: Any) -> None:
     for k in range(x.size):
-        w = bits_of(x[k])
-        a = _U32(w & _MAGNITUDE)
-        up = _HALF16 if a >= 0x7F7F0000 else _U32(noise[k])
-        stored[k] = _NAN_BF16 if a > _INFINITY else _U32(_U32(w + up) >> 16)
+        stored[k] = to_bfloat16_stochastic(x[k], noise[k])
 
 
 @tiles
 def decode_float16(stored: Any, x: Any) -> None:
-    """stored: as uint16. The product mends the exponent, and gives a subnormal number one."""
     for k in range(x.size):
-        h = stored[k]
-        a = _U32(h & 0x7FFF)
-        scaled = bits_of(float_of(_U32(a << 13)) * _UNSCALE)
-        special = _INFINITY if a >= _INFINITY_F16 else _U32(0)
-        x[k] = float_of(_U32(scaled | special | _U32(_U32(h & 0x8000) << 16)))
+        x[k] = from_float16(stored[k])
 
 
 @tiles
 def encode_float16(x: Any, stored: Any) -> None:
-    """stored: as uint16. The sum rounds what is subnormal in float16, in units of its last bit."""
     for k in range(x.size):
-        w = bits_of(x[k])
-        a = _U32(w & _MAGNITUDE)
-        odd = _U32(_U32(a >> 13) & _ONE)
-        normal = _U32(_U32(a + _U32(0xC8000FFF) + odd) >> 13)
-        small = _U32(bits_of(float_of(a) + _HALF) - 0x3F000000)
-        h = min(small if a < 0x38800000 else normal, _INFINITY_F16)
-        stored[k] = _NAN_F16 if a > _INFINITY else _U32(h | w >> 16 & 0x8000)
+        stored[k] = to_float16(x[k])
 
 
 @tiles
 def encode_float16_stochastic(x: Any, stored: Any, noise: Any) -> None:
-    """stored: as uint16."""
     for k in range(x.size):
-        w = bits_of(x[k])
-        a = _U32(w & _MAGNITUDE)
-        small = _U32(bits_of(float_of(a) + _LEAST) - 0x38800000)
-        fixed = small if a < 0x38800000 else _U32(a - 0x38000000)
-        up = _HALF13 if a >= 0x477FE000 else _U32(noise[k] >> 3)
-        h = min(_U32(_U32(fixed + up) >> 13), _INFINITY_F16)
-        stored[k] = _NAN_F16 if a > _INFINITY else _U32(h | w >> 16 & 0x8000)
+        stored[k] = to_float16_stochastic(x[k], noise[k])
 
 
 @tiles
 def decode_split16(p: Any, low: Any, x: Any) -> None:
     for k in range(x.size):
-        x[k] = float_of(_U32((p[k] << 16) + np.int16(low[k])))
+        x[k] = from_split16(p[k], low[k])
 
 
 @tiles
 def encode_split16(x: Any, p: Any, low: Any) -> None:
     for k in range(x.size):
-        w = bits_of(x[k])
-        w = _NAN if w & _MAGNITUDE > _INFINITY else w
-        low[k] = w & 0xFFFF
-        p[k] = _U32(w + 0x8000) >> 16
+        p[k], low[k] = to_split16(x[k])
 
 
 @tiles
 def decode_split8(p: Any, low: Any, x: Any) -> None:
     for k in range(x.size):
-        x[k] = float_of(_U32((p[k] << 16) + (np.int8(low[k]) << 8)))
+        x[k] = from_split8(p[k], low[k])
 
 
 @tiles
 def encode_split8(x: Any, p: Any, low: Any) -> None:
     for k in range(x.size):
-        w = bits_of(x[k])
-        w = _NAN if w & _MAGNITUDE > _INFINITY else w
-        w = _U32(w + 0x7F + (w >> 8 & 1))
-        low[k] = w >> 8 & 0xFF
-        p[k] = _U32(w + 0x8000) >> 16
+        p[k], low[k] = to_split8(x[k])
 
 
 @tiles
 def encode_split8_stochastic(x: Any, p: Any, low: Any, noise: Any) -> None:
     for k in range(x.size):
-        w = bits_of(x[k])
-        a = _U32(w & _MAGNITUDE)
-        up = _HALF8 if a >= 0x7F7FFF00 else _U32(noise[k] >> 8)
-        w = _NAN if a > _INFINITY else _U32(w + up)
-        low[k] = w >> 8 & 0xFF
-        p[k] = _U32(w + 0x8000) >> 16
+        p[k], low[k] = to_split8_stochastic(x[k], noise[k])
+
+
+# --- random bits ------------------------------------------------------------------------------------------------------
 
 
 @numba.njit(inline="always")

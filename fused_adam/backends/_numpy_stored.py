@@ -1,4 +1,4 @@
-"""NumPy's calls for numbers kept in 16 bits: chunks are decoded into scratch rows, stepped there and encoded again."""
+"""NumPy's calls for numbers kept in 16 or 8 bits: chunks are decoded into scratch rows, stepped and encoded again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fused_adam import _philox, _storage
+from fused_adam import _int8, _philox, _storage
 from fused_adam._arrays import Array
 from fused_adam._codegen import Rule
 from fused_adam.backends import Kept
@@ -18,11 +18,14 @@ Call = tuple[Callable[..., Any], Sequence[Any]]
 _local = threading.local()
 
 
-def _spare(chunk: int) -> tuple[_storage.Scratch, _philox.Scratch]:
+_Spare = tuple[_storage.Scratch, _philox.Scratch, _int8.Scratch]
+
+
+def _spare(chunk: int) -> _Spare:
     """This thread's."""
     if not hasattr(_local, "spare"):
-        _local.spare = _storage.Scratch(chunk), _philox.Scratch(chunk)
-    spare: tuple[_storage.Scratch, _philox.Scratch] = _local.spare
+        _local.spare = _storage.Scratch(chunk), _philox.Scratch(chunk), _int8.Scratch(chunk)
+    spare: _Spare = _local.spare
     return spare
 
 
@@ -42,16 +45,19 @@ def calls(
 
     Args:
         function: the rule's, with its scratch rows behind its arrays and coefficients.
-        rest: the master if there is one, and the states.
+        rest: the master if there is one, the states, and the scales of 8-bit ones.
         first: the canonical index of the first element.
         scratch: float32 rows of `chunk` elements for p, g and each state, those of the function, and its mask.
     """
     form = kept.form
+    int8 = form.states == "int8"
+    scales = rest[-1] if int8 else None
+    rest = rest[:-1] if int8 else rest
     names = ["p", "g", *rule.states]
     rows, spares = scratch[: len(names)], scratch[len(names) :]
     scalars = [np.array(x, np.float32) for x in coefficients]
     zero = np.zeros((), np.float32)
-    conversions, noises = _spare(chunk)
+    conversions, noises, codes = _spare(chunk)
     made: list[Call] = []
     for lo in range(0, p.size, chunk):
         n = min(chunk, p.size - lo)
@@ -73,14 +79,17 @@ def calls(
             kind = {"p": form.p, "g": form.g}.get(name, form.states)
             number = rule.outputs.index(name) if name in rule.outputs else -1
             row, a = inside[name], stored[name]
-            if name == "p" and form.master == "split16":
+            if name == "p" and form.master in ("split16", "split8"):
                 assert master is not None
                 before += _storage.decode_split(a, master, row, conversions)
-                after += _storage.encode_split(row, a, master, conversions)
+                bits = noise(0) if form.master == "split8" else None
+                after += _storage.encode_split(row, a, master, conversions, bits)
             elif name == "p" and form.master == "float32":
                 assert master is not None
                 before.append((np.copyto, (row[:n], master)))
                 after += [(np.copyto, (master, row[:n])), *_storage.encode(row, a, conversions)]
+            elif int8 and name in rule.states:
+                pass  # both at once, below
             elif kind != "float32":
                 before += _storage.decode(a, row)
                 if number >= 0:
@@ -91,6 +100,11 @@ def calls(
                 before.append((np.copyto, (row[:n].view(np.uint8), a.view(np.uint8))))
                 if number >= 0:
                     after.append((np.copyto, (a.view(np.uint8), row[:n].view(np.uint8))))
+        if scales is not None:
+            own = scales[lo // 32 :][: 2 * _int8.blocks(n)].reshape(-1, 2)
+            m, v = (row[: _int8.padded(n)] for row in rows[2:4])
+            before += _int8.decode(stored["m"], stored["v"], own, m, v, codes)
+            after += _int8.encode(m, v, stored["m"], stored["v"], own, first + lo, kept.t, codes)
         arguments = [*inside.values(), *scalars, *(row[:width] for row in spares), zero]
         made += [*before, (function, arguments), *after]
     return made
