@@ -210,7 +210,7 @@ def test_codes_become_float32_and_codes_again(backend: str) -> None:
         for mine, theirs in zip(saved["state"], wanted, strict=True):
             if mine["m"].size > 1000:
                 off = mine["m"] / np.sqrt(mine["v"] + 1e-30) - theirs["m"] / np.sqrt(theirs["v"] + 1e-30)
-                assert float(np.sqrt(np.mean(off**2))) < 0.05
+                assert float(np.sqrt(np.mean(off**2))) < 0.1
 
 
 def test_a_corrupt_block_is_named(backend: str) -> None:

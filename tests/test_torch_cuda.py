@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import pickle
 import re
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -297,3 +299,21 @@ def test_the_gpu_harness_sees_a_wrong_step(harness: None, monkeypatch: pytest.Mo
     monkeypatch.setattr(fake_cupy._Function, "__call__", lambda *_: None)  # a launch that does nothing
     with pytest.raises(Different, match="in place: parameter 0"):
         bits_torch.class_case(None, "cupy", "AdamW", np.dtype(np.float32))
+
+
+@pytest.mark.parametrize("how", ["bound anew", "loaded"])
+def test_what_a_graph_reads_is_kept(cupy: Any, how: str) -> None:
+    params = parameters(torch.float32)
+    opt = ours.AdamW(params, capturable=True)
+    give_there(params, 0)
+    opt.step()
+    captured(opt, params)
+    control = weakref.ref(opt._bound._sides[0]._runner.stepper._control)
+    if how == "loaded":
+        opt.load_state_dict(opt.state_dict())
+        opt.step()
+    else:
+        params[1].grad = None
+        refuses(opt, RuntimeError, "captured in a CUDA graph, and its replays would go on with what has changed since")
+    gc.collect()
+    assert control() is not None

@@ -283,3 +283,90 @@ def test_gradients_are_not_kept_alive() -> None:
     opt.zero_grad()
     gc.collect()
     assert seen() is None
+
+
+def test_a_gradient_whose_memory_was_taken_away_is_refused(backend: str) -> None:
+    p = torch.nn.Parameter(torch.ones(1000))
+    opt = ours.AdamW([p], backend=backend)
+    for _ in range(2):
+        p.grad = torch.ones(1000)
+        opt.step()
+    p.grad.untyped_storage().resize_(0)
+    refuses(opt, RuntimeError, "for which its storage is too small")
+
+
+ASSIGNED = [(torch.ones(1), ValueError), (torch.ones(4, dtype=torch.float64), TypeError)]
+
+
+@pytest.mark.parametrize(("data", "kind"), ASSIGNED, ids=["shape", "dtype"])
+def test_data_of_flat_gradients_that_does_not_fit_is_refused(data: Any, kind: type[Exception]) -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    opt = ours.SGD([p], flat=True)
+    opt.step()
+    opt.step()
+    p.grad.data = data
+    refuses(opt, kind, "the gradient of params")
+    opt.zero_grad()
+    assert p.grad.shape == p.shape and p.grad.dtype == p.dtype
+
+
+def test_data_of_flat_gradients_may_be_assigned() -> None:
+    p = torch.nn.Parameter(torch.zeros(2, 2))
+    opt = ours.SGD([p], lr=1.0, flat=True)
+    for _ in range(3):
+        p.grad.data = torch.tensor([[1.0, 3.0], [2.0, 4.0]]).T
+        opt.step()
+        opt.zero_grad()
+        assert not p.grad.any()
+    assert p.tolist() == [[-3.0, -6.0], [-9.0, -12.0]]
+
+
+def test_flat_parameters_of_two_dtypes_become_one() -> None:
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(3, 3).double()])
+    opt = ours.AdamW(model.parameters(), flat=True)
+    model.double()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert all(s["step"] == 1 for s in opt.state.values())
+
+
+def test_the_default_device_does_not_matter() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with torch.device("meta"):
+        ours.AdamW([p], lr=0.1, weight_decay=0.0).step()
+    assert p.tolist() == pytest.approx([0.9] * 3)
+
+
+def test_expanded_gradients_are_not_zeroed() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(1).expand(3)
+    refuses(ours.AdamW([p], zero_grads=True), ValueError, "expanded, which zero_grads cannot zero")
+
+
+def test_leaves_in_another_order_are_zeroed() -> None:
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    p.grad = torch.ones(2, 3).T.requires_grad_()
+    ours.AdamW([p], zero_grads=True).step()
+    assert not p.grad.any() and p.grad.is_leaf
+
+
+def test_capturable_that_is_asked_for_later_is_not_ignored() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    opt = ours.AdamW([p])
+    opt.step()
+    opt.param_groups[0]["capturable"] = True
+    refuses(opt, ValueError, "capturable=True needs parameters on a GPU")
+
+
+def test_flat_parameters_may_turn_under_their_gradients() -> None:
+    p = torch.nn.Parameter(torch.zeros(2, 2))
+    opt = ours.SGD([p], lr=1.0, flat=True)
+    opt.step()
+    p.data = p.data.T.contiguous().T.clone(memory_format=torch.preserve_format)
+    p.grad.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    for n in (1.0, 2.0, 3.0):
+        opt.step()
+        assert p.tolist() == [[-n, -2 * n], [-3 * n, -4 * n]]

@@ -257,6 +257,11 @@ class Stepper:
             self._t[0] = t
         self._rules = rules
 
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph reads its tables."""
+        return bool(self._graphs)
+
     def _look(self, rules: Sequence[Rule], gradients: Sequence[Gradients | Placed], stream: int) -> None:
         """Make the launches fit for rules and gradients; those of the last step mostly do."""
         if not (rules == self._rules and all(map(is_, gradients, self._last))):

@@ -80,6 +80,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             count_unmoved=count_unmoved,
         )
         self._skipped = 0  # by bindings that are no more
+        self._captured: list[Binding] = []  # bindings that are no more, but read by replays of CUDA graphs
         self._known: list[tuple[list[Any], Update]] = []
         self._updates()
         if _numbers.flag("flat", flat):
@@ -167,13 +168,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _bind(self, updates: list[Update]) -> tuple[Binding, list[Tensor]]:
         """What steps over the present gradients, and these."""
         bound = self._bound
-        gradients = None if bound is None else bound.current(self.param_groups, self.state, updates)
-        if bound is not None and gradients is not None:
-            return bound, gradients
+        capturable = any(group.get("capturable") for group in self.param_groups)
+        if bound is not None and bound.settings.device_scalars == capturable:
+            gradients = bound.current(self.param_groups, self.state, updates)
+            if gradients is not None:
+                return bound, gradients
+        if bound is not None and bound.captured:
+            why = "and its replays would go on with what has changed since: parameters, states or which have gradients"
+            raise RuntimeError(f"a step of this optimizer was captured in a CUDA graph, {why}; make a new optimizer")
         self._forget()
-        settings = self._settings
-        if any(group.get("capturable") for group in self.param_groups):
-            settings = settings._replace(device_scalars=True)
+        settings = self._settings._replace(device_scalars=capturable)
         groups, state = self.param_groups, self.state
         bound = Binding(groups, state, updates, self._family, self._initial, self._backend, self._flat, settings)
         return bound, bound.first_gradients()
@@ -193,9 +197,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         return 0.0
 
     def prepare(self) -> None:
-        """Compile and allocate now what a step over the present gradients needs, before it is captured in a CUDA graph.
+        """Compile what a step over the present gradients needs; send changed hyperparameters to the GPU.
 
-        With ``capturable=True`` it also sends changed hyperparameters to the GPU, for the next replay.
+        The latter, with ``capturable=True``, is for the next replay of a CUDA graph. To capture one, do a step with the
+        same gradients before it.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `step`.
@@ -304,6 +309,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         options = state.pop("_options", None)
         super().__setstate__(state)
+        if self._bound is not None and self._bound.captured:
+            self._captured.append(self._bound)
         self._bound, self._known = None, []
         if options is not None:  # unpickled or copied, not loaded
             self._set_up(**options)

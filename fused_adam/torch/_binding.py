@@ -34,6 +34,9 @@ class Binding:
         flat: the buffer that parameters and gradients lie in, if they do.
         settings: what happens to gradients on their way.
 
+    Attributes:
+        settings: as given.
+
     Raises:
         TypeError, ValueError, RuntimeError: a parameter or a state cannot be stepped. Nothing is changed then.
     """
@@ -54,6 +57,7 @@ class Binding:
         self._members = members
         self._params = [m.p for m in members]
         self._counted = family.counted
+        self.settings = settings
         self._zeroes = settings.zeroes
         self._of_sides: list[slice] = []  # which members they are
         self._of_parts: list[slice] = []
@@ -67,7 +71,8 @@ class Binding:
         self._most = max(counts, default=0)
         exact = torch.get_default_dtype() == torch.float64 or self._most >= _FLOAT32_COUNTS
         self._limit = 2**53 if exact else _FLOAT32_COUNTS
-        self._steps = torch.tensor(counts, dtype=torch.float64 if exact else torch.float32)
+        dtype = torch.float64 if exact else torch.float32
+        self._steps = torch.tensor(counts, dtype=dtype, device="cpu")  # whatever the default device is
         self._shown = self._steps.numpy()
         self._seen = self._shown.tobytes()
 
@@ -88,6 +93,9 @@ class Binding:
         # Gradients that nobody else replaces by other ones: they are known again by identity.
         self._own = flat.gradients(self._all) if flat and all(m.p in flat for m in members) else None
         self._own_here = [g for k in self._order if self._own and (g := self._own[k]) is not None]
+        if self._own is not None and not self._plain(*self._own_here):  # turned, or the parameters were
+            self._own, self._own_here = None, []
+        self._own_pointers = [*map(Tensor.data_ptr, self._own_here)]
         self._committed = False
 
     def current(self, groups: Groups, state: State, updates: Sequence[Update]) -> list[Tensor] | None:
@@ -133,25 +141,30 @@ class Binding:
         Raises:
             TypeError, ValueError, RuntimeError: a gradient does not fit. Nothing is changed then.
         """
-        checked = self._checked(gradients)
+        checked, pointers = self._checked(gradients)
         values = []
         for side, s in zip(self._sides, self._of_sides, strict=True):
-            side.place(checked[s])
+            side.place(pointers[s])
             values.append(side.coefficients(updates))
-        if not self._committed:
+        first = not self._committed
+        if first:
             self.prepare(updates)
         with DeferredInterrupt():
-            done = True
-            for side, xs in zip(self._sides, values, strict=True):
-                done = side.step(updates, xs, scale, found) and done
-            if done and not self._committed:
-                self._commit(state)
+            done = not first
+            try:  # nothing may fail between the step and what tells of it
+                if first:
+                    self._commit(state)
+                steps = [side.step(updates, xs, scale, found) for side, xs in zip(self._sides, values, strict=True)]
+                done = all(steps)
+            finally:
+                if first and not done:
+                    self._take_back(state)
             self._show()
             increment_version(self._params)  # or autograd would not notice what it saved and this step has changed
             if self._zeroes:
                 for g, own in zip(gradients, checked, strict=True):
                     if own is not g:  # a copy was zeroed
-                        g.zero_()
+                        g.detach().zero_()
                 increment_version(gradients)
 
     def _show(self) -> None:
@@ -174,12 +187,18 @@ class Binding:
                     state[m.p].clear()
         self._show()
 
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph reads what its sides hold in device memory."""
+        return any(side.captured for side in self._sides)
+
     def last_stats(self) -> Stats:
         """What the last step met."""
         return self._sides[0].last_stats() if self._sides else Stats(None, None, 0, None)
 
     def _commit(self, state: State) -> None:
-        """Show torch the states: after all else that can fail."""
+        """Show torch the states."""
+        self._before = [(p, state[p].copy() if p in state else None) for p in self._params]
         for m, step in zip(self._members, self._steps.unbind(), strict=True):
             new = {"step": step, **m.new} if self._counted else m.new
             if new:
@@ -189,16 +208,40 @@ class Binding:
         self._values = _values(self._held)
         self._committed = True
 
+    def _take_back(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """What `_commit` has shown, for there was no step."""
+        self._committed = False
+        for p, held in self._before:
+            if held is None:
+                state.pop(p, None)
+            else:
+                state[p].clear()
+                state[p].update(held)
+
     def first_gradients(self) -> list[Tensor]:
         """What `current` returns, for a binding that is new."""
         return [*map(_grad, self._params)]
 
-    def _checked(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Each in the memory order of its parameter."""
+    def _checked(self, gradients: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+        """Each in the memory order of its parameter, and where it is."""
         if gradients is self._own_here or self._plain(*gradients):
-            return gradients
-        pairs = zip(self._members, gradients, strict=True)
-        return [_tensors.gradient(f"the gradient of {m.name}", g, m.p) for m, g in pairs]
+            pointers = [*map(Tensor.data_ptr, gradients)]
+            if gradients is self._own_here:
+                right = pointers == self._own_pointers  # p.grad.data = ... is another place
+            else:
+                right = not self._emptied(gradients, pointers)
+            if right:
+                return gradients, pointers
+        pairs = [*zip(self._members, gradients, strict=True)]
+        checked = [_tensors.gradient(f"the gradient of {m.name}", g, m.p) for m, g in pairs]
+        if self._zeroes:
+            for m, g in pairs:
+                _tensors.zeroable(f"the gradient of {m.name}", g)
+        return checked, [*map(Tensor.data_ptr, checked)]
+
+    def _emptied(self, gradients: list[Tensor], pointers: list[int]) -> bool:
+        """Whether the memory of one was taken away, which its shape does not tell."""
+        return 0 in pointers and any(g.numel() and not at for g, at in zip(gradients, pointers, strict=True))
 
 
 def _parameters(groups: Groups) -> list[Tensor]:

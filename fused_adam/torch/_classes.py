@@ -189,7 +189,8 @@ class AdamW(_AnyAdam, torch.optim.AdamW):
         capturable: keep t and the learning rate on the GPU, so that a captured step is the next one at each replay; see
             `prepare`. Needs parameters on a GPU, and CuPy.
         differentiable: refused unless False.
-        flat: parameters and gradients are moved into one buffer for each dtype. It makes many small parameters faster.
+        flat: parameters, gradients and states are moved into a buffer each, for each dtype. It makes many small
+            parameters faster. To change a state then, write into it or put another in its place: not to its `.data`.
             `zero_grad` then zeroes gradients instead of taking them away, so that parameters which a loss does not
             reach are stepped with zeros: their moments and weights decay.
         backend: "auto" or a name; see `fused_adam.backends()`.

@@ -22,10 +22,15 @@ class Flat:
     def __init__(self, params: Iterable[Tensor]) -> None:
         mine = [*dict.fromkeys(p for p in params if p.requires_grad)]
         for k, p in enumerate(mine):
-            _tensors.check_parameter(f"parameter {k} of those that require gradients", p)
+            name = f"parameter {k} of those that require gradients"
+            _tensors.check_parameter(name, p)
+            if p.grad is not None:
+                _tensors.gradient(f"the gradient of {name}", p.grad, p)
         self._buffers: list[Tensor] = []  # of gradients
-        self._views: dict[Tensor, tuple[Tensor, int]] = {}  # parameter -> its gradient, and where it was put itself
-        self._places: dict[Tensor, tuple[int, int]] = {}  # where it starts, and the elements of its buffer
+        # parameter -> its gradient, another tensor of the same memory, and where it was put itself
+        self._views: dict[Tensor, tuple[Tensor, Tensor, int]] = {}
+        # the number of its buffer, where it starts there, and the elements of the buffer
+        self._places: dict[Tensor, tuple[int, int, int]] = {}
         self._states: dict[str, dict[Tensor, Tensor]] = {}
         for _, alike in groupby(sorted(mine, key=_kind), key=_kind):
             self._move([*alike])
@@ -41,12 +46,12 @@ class Flat:
             view = grad.as_strided(p.shape, p.stride(), total + start)
             mine.copy_(p.detach())
             if p.grad is not None:
-                view.copy_(p.grad)
+                view.copy_(p.grad.detach())
             p.grad = None  # for p.data takes another place
             p.data = mine
             p.grad = view
-            self._views[p] = view, mine.data_ptr()
-            self._places[p] = start, total
+            self._views[p] = view, view.detach(), mine.data_ptr()
+            self._places[p] = len(self._buffers), start, total
             start += -(-p.numel() // BLOCK) * BLOCK
 
     def __contains__(self, p: Tensor) -> bool:
@@ -66,11 +71,11 @@ class Flat:
         known = self._states.get(called, {})
         if all(s is not None and known.get(p) is s for p, s, _ in wanted):
             return [known[p] for p, _, _ in wanted]
-        buffers: dict[tuple[str, str], Tensor] = {}
+        buffers: dict[tuple[int, str, str], Tensor] = {}
         made = {}
         for p, s, start_from in wanted:
-            start, total = self._places[p]
-            kind = _kind(p)
+            number, start, total = self._places[p]
+            kind = (number, *_kind(p))  # of one that has another dtype by now, too
             if kind not in buffers:
                 buffers[kind] = torch.zeros(total, dtype=p.dtype, device=p.device)
             made[p] = buffers[kind].as_strided(p.shape, p.stride(), start)
@@ -86,10 +91,13 @@ class Flat:
         for buffer in self._buffers:
             buffer.zero_()
         for p in params:
-            view, place = self._views.get(p, (None, 0))
-            if view is None or p.data_ptr() != place:
+            view, there, place = self._views.get(p, (None, None, 0))
+            if view is None or there is None or p.data_ptr() != place:
                 p.grad = None
-            elif p.grad is not view:
+                continue
+            if view.data_ptr() != there.data_ptr():  # p.grad.data was assigned to
+                view.data = there
+            if p.grad is not view:
                 p.grad = view
 
 

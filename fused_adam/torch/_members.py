@@ -15,7 +15,7 @@ from fused_adam.torch import _tensors
 from fused_adam.torch._flat import Flat
 
 Groups = Sequence[Mapping[str, Any]]
-State = Mapping[Tensor, dict[str, Any]]
+State = dict[Tensor, dict[str, Any]]
 
 
 class Family(NamedTuple):

@@ -57,6 +57,7 @@ class Side:
         self.on_device = self._runner.on_device
         if self.on_device:
             stepper.set_t(self.t[0])
+        self._next = self.t
         self._accepted: list[int] = []
         self._placed: list[Placed] = []
 
@@ -64,9 +65,8 @@ class Side:
         """Compile and allocate what a step needs, and send to the device what it keeps."""
         self._runner.prepare([updates[group] for group in self._groups])
 
-    def place(self, gradients: Sequence[Tensor]) -> None:
+    def place(self, addresses: list[int]) -> None:
         """Take gradients, each in the memory order of its parameter. Raises ValueError where they overlap a write."""
-        addresses = [*map(Tensor.data_ptr, gradients)]
         if addresses != self._accepted:
             places = np.array(addresses, np.int64)
             hit = self._writes.first_overlap(places, self._nbytes)
@@ -78,9 +78,10 @@ class Side:
     def coefficients(self, updates: Sequence[Update]) -> list[list[float]]:
         """Those of each part's next step. Raises ValueError where its dtype cannot hold one."""
         found = []
-        for group, dtype, t in zip(self._groups, self._dtypes, self.t, strict=True):
+        self._next = [t + 1 for t in self.t]  # here, for once the step is done nothing may fail
+        for group, dtype, t in zip(self._groups, self._dtypes, self._next, strict=True):
             update = updates[group]
-            values = update.at(t + 1)
+            values = update.at(t)
             _numbers.coefficients(update.rule.coefficients, values, dtype)
             found.append(values)
         return found
@@ -96,7 +97,7 @@ class Side:
             return True
         done = self._runner.step(0, mine, values, self._placed, scale, found, options)
         if done:
-            self.t = [t + 1 for t in self.t]
+            self.t = self._next
         return done
 
     def _scalar(self, x: Any) -> Any:
@@ -107,6 +108,11 @@ class Side:
         """Ask the device for t."""
         if self.on_device:
             self.t = [int(self._runner.stepper.control()["t"])] * len(self.t)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a step was captured in a CUDA graph, which reads the stepper's tables at each replay."""
+        return self._device is not None and self._runner.stepper.captured
 
     def last_stats(self) -> Stats:
         """What the last step met."""

@@ -43,6 +43,10 @@ def _plain(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} is a {type(t).__name__}, which is no plain memory; pass its local tensor, .to_local()")
     if t.layout is not torch.strided:
         raise RuntimeError(f"{name} has layout {t.layout}; expected a dense tensor, .to_dense()")
+    if t.numel():
+        last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+        if t.untyped_storage().nbytes() < (last + 1) * t.element_size():
+            raise RuntimeError(f"{name} has shape {tuple(t.shape)}, for which its storage is too small: resize it back")
 
 
 def _beside(name: str, t: Tensor, p: Tensor) -> None:
@@ -97,6 +101,12 @@ def gradient(name: str, g: Tensor, p: Tensor) -> Tensor:
     if g.stride() == p.stride() and not g.is_conj() and not g.is_neg():
         return g
     return in_order_of(g, p)
+
+
+def zeroable(name: str, g: Tensor) -> None:
+    """Raises ValueError for a gradient of which one element stands for several, which torch does not write."""
+    if g.numel() and any(n > 1 and not stride for n, stride in zip(g.shape, g.stride(), strict=True)):
+        raise ValueError(f"{name} is expanded, which zero_grads cannot zero; pass it .contiguous()")
 
 
 def state(name: str, s: Any, p: Tensor) -> Tensor:
