@@ -13,7 +13,7 @@ PIP := -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format kernels bench bench-guard ratios figures gpu dist clean
+.PHONY: help demo test test-torch check format kernels bench bench-guard ratios figures gpu dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,16 @@ demo: $(VENV)/.demo ## train two networks, draw their loss curves, time a step
 
 test: $(VENV)/.test ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# In an environment of its own, for all else has to pass without these frameworks.
+TORCH := build/test-torch
+$(TORCH)/.test-torch: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv $(TORCH)
+	$(TORCH)/bin/python $(PIP) install --progress-bar off --editable ".[test-torch]"
+	@touch $@
+
+test-torch: $(TORCH)/.test-torch ## fused_adam.torch within DDP, FSDP2, Accelerate, Lightning, ...; seven trainings
+	$(TORCH)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/torch_frameworks tests/torch_trainings
 
 check: $(VENV)/.dev ## lint, formatting, types, generated files; edits nothing
 	$(BIN)/ruff check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -238,14 +239,23 @@ def test_grad_scaler(amp_scaling: bool) -> None:
 # --- flat -------------------------------------------------------------------------------------------------------------
 
 
+def assert_flat(params: list[Any]) -> None:
+    """One behind the other, gradients likewise; and none drags the memory of all along where it is saved."""
+    filled = [p for p in params if p.numel()]
+    places = [p.data_ptr() for p in filled]
+    blocks = [-(-p.numel() // 128) * 128 * p.element_size() for p in filled]
+    assert [b - a for a, b in pairwise(places)] == blocks[:-1]
+    assert {p.grad.data_ptr() - place for p, place in zip(filled, places, strict=True)} == {sum(blocks)}
+    assert all(t.untyped_storage().nbytes() == t.nbytes for p in filled for t in (p, p.grad))
+
+
 @full
 def test_flat_has_the_bytes_of_the_other_layout(name: str, kwargs: dict[str, Any]) -> None:
     a, b = parameters(torch.float32), parameters(torch.float32)
     a.append(torch.nn.Parameter(image(torch.channels_last)))
     b.append(torch.nn.Parameter(image(torch.channels_last)))
     opt, other = getattr(ours, name)(a, **kwargs, flat=True), getattr(ours, name)(b, **kwargs)
-    buffers = {p.untyped_storage().data_ptr() for p in a}, {p.grad.untyped_storage().data_ptr() for p in a}
-    assert buffers[0] == buffers[1] and len(buffers[0]) == 1
+    assert_flat(a)
     views = [p.grad for p in a]
     for n in range(STEPS):
         give(b, n)
@@ -257,6 +267,26 @@ def test_flat_has_the_bytes_of_the_other_layout(name: str, kwargs: dict[str, Any
         assert all(p.grad is view and not view.any() for p, view in zip(a, views, strict=True))
     for x, y in zip(a, b, strict=True):
         assert same_bits(x.detach(), y.detach()) and x.stride() == y.stride()
+
+
+@full
+def test_flat_has_states_to_load_into_before_its_first_step(name: str, kwargs: dict[str, Any]) -> None:
+    """torch.distributed.checkpoint needs them. Loading them changes nothing."""
+    a, b = parameters(), parameters()
+    opt, other = getattr(ours, name)(a, **kwargs, flat=True), getattr(ours, name)(b, **kwargs)
+    saved = opt.state_dict()
+    opt.load_state_dict(copy.deepcopy(saved))
+    assert opt.state_dict()["state"].keys() == saved["state"].keys() == set(range(len(a)))
+    for n in range(STEPS):
+        give(b, n)
+        for p, q in zip(a, b, strict=True):
+            p.grad.copy_(q.grad)
+        opt.step()
+        other.step()
+    for x, y in zip(a, b, strict=True):
+        assert same_bits(x.detach(), y.detach())
+    for k, state in other.state_dict()["state"].items():
+        assert {key: s.dtype for key, s in saved["state"][k].items()} == {key: s.dtype for key, s in state.items()}
 
 
 def test_flat_keeps_what_there_was() -> None:
@@ -296,8 +326,7 @@ def test_flat_goes_on_without_its_views() -> None:
 def test_flat_is_flat_again_when_copied() -> None:
     params = parameters()
     mine, opt = copy.deepcopy((params, ours.AdamW(params, flat=True)))
-    assert len({p.untyped_storage().data_ptr() for p in mine}) == 1
-    assert all(p.grad is not None for p in mine)
+    assert_flat(mine)
     for p in mine:
         p.grad.fill_(1.0)
     opt.step()

@@ -20,7 +20,8 @@ from fused_adam.bench.gpu import bits_torch
 from fused_adam.bench.gpu.worker import Different
 from torch_cases import full, give, ours, parameters, refuses, torch
 
-from fused_adam.torch import _tensors
+from fused_adam.torch import _flat, _tensors
+from fused_adam.torch._flat import _part
 
 STREAM = 77
 _kept: list[Any] = []  # or torch would give their memory to others
@@ -38,11 +39,17 @@ def on_gpu(t: Any) -> Any:
     return t
 
 
+def part_on_gpu(buffer: Any, start: int, p: Any) -> Any:
+    """The memory that parameters lie in one behind the other is the device's as a whole."""
+    return _part(buffer if _tensors.device(p) is None else on_gpu(buffer), start, p)
+
+
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     """All tensors are on a GPU, but within `hosted`."""
     with fake_cupy.installed(monkeypatch) as module, monkeypatch.context() as patch:
         patch.setattr(_tensors, "device", lambda t: 0 if on_gpu(t) is t else None)
+        patch.setattr(_flat, "_part", part_on_gpu)
         patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=STREAM))
         yield module
         _kept.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from itertools import chain
 from operator import is_
@@ -18,7 +18,7 @@ from fused_adam import _base, _numbers
 from fused_adam._guard import Settings, Stats
 from fused_adam._update import Update
 from fused_adam.backends import check_name
-from fused_adam.torch import _tensors
+from fused_adam.torch import _members, _tensors
 from fused_adam.torch._binding import Binding
 from fused_adam.torch._flat import Flat
 from fused_adam.torch._members import Family
@@ -239,6 +239,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._bound.sync(self.state)
         saved = super().state_dict()
         states = saved.get("state", {})
+        if self._flat is not None and not any(self.state.values()):
+            # torch.distributed.checkpoint loads into what it finds here. For want of states it takes a step to make
+            # some, but not where there are gradients, as there always are in a flat layout.
+            states.update(self._first_states(saved["param_groups"]))
         for key, state in states.items():
             if isinstance(state, dict):
                 states[key] = {
@@ -246,6 +250,20 @@ class FusedOptimizer(torch.optim.Optimizer):
                     for name, s in state.items()
                 }
         return saved
+
+    def _first_states(self, saved_groups: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """What stands for no state: those before the first step, by the numbers of their parameters."""
+        exact = torch.get_default_dtype() == torch.float64
+        step = torch.zeros((), dtype=torch.float64 if exact else torch.float32)
+        for saved, group, update in zip(saved_groups, self.param_groups, self._updates(), strict=True):
+            needed = [self._family.states[s] for s in update.rule.states]
+            for key, p in zip(saved["params"], group["params"], strict=True):
+                if p.requires_grad and (needed or self._family.counted):
+                    states = {called: _members.first(p, self._initial(p)) for called in needed}
+                    if self._family.counted:
+                        yield key, {"step": step, **states}
+                    else:
+                        yield key, {called: -s for called, s in states.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict` of this class, or of torch's class of the same name.
@@ -276,7 +294,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             for key, p in zip(ids, group["params"], strict=True):
                 if key in homeless:
                     name = f'state_dict["state"][{key!r}]'
-                    state[p] = self._loaded(name, homeless.pop(key), p, needed)
+                    loaded = self._loaded(name, homeless.pop(key), p, needed)
+                    if self._flat is None or self._family.counted or not _is_first(loaded):
+                        state[p] = loaded
         state.update(homeless)  # what belongs to no parameter stays as it is, as in torch
         self.__setstate__({"state": state, "param_groups": saved_groups})
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -293,9 +313,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         state = {}
         for called, value in saved.items():
             if called in self._family.states.values() and isinstance(value, Tensor):
-                if value.shape != p.shape:
-                    shapes = f"{tuple(value.shape)} but its parameter has {tuple(p.shape)}"
-                    raise ValueError(f'{name}["{called}"] has shape {shapes}')
+                _tensors.fits(f'{name}["{called}"]', value, p)
                 state[called] = _tensors.in_order_of(value, p) if _tensors.is_dense(p) else value.detach().clone()
             else:
                 state[called] = deepcopy(value)
@@ -321,3 +339,9 @@ def _number(x: Any) -> Any:
     if isinstance(x, tuple | list):
         return tuple(map(_number, x))
     return x.item() if isinstance(x, Tensor) and x.numel() == 1 else x
+
+
+def _is_first(state: Mapping[str, Any]) -> bool:
+    """Whether every number is -0.0: a momentum that is zero, and not because gradients were."""
+    tensors = [torch.view_as_real(s) if s.is_complex() else s for s in state.values() if isinstance(s, Tensor)]
+    return not any(s.any() or not s.signbit().all() for s in tensors)

@@ -85,11 +85,19 @@ class Binding:
         self._states = [update.rule.states for update in updates]
         # The states of the flat layout are views of buffers that nobody else moves.
         self._moving = [*self._params, *(s for m in members for s in m.states if flat is None or m.p not in flat)]
-        self._pointers = [*map(Tensor.data_ptr, self._moving)]
-        self._layouts = _layouts(self._moving)
+        memory = [*map(_tensors.local, self._moving)]
+        self._spread = not all(map(is_, memory, self._moving))
+        if self._spread and settings.wants_norm:
+            fix = "leave it out, and clip with torch.nn.utils.clip_grad_norm_"
+            raise ValueError(
+                f"{settings.names}: of a DTensor's gradient this process sees no more than it holds; {fix}"
+            )
+        self._noticed = [*self._params, *memory[: len(members)]] if self._spread else self._params
+        self._pointers = [*map(Tensor.data_ptr, memory)]
+        self._layouts = _layouts(memory)
         # Types, devices, dtypes, sizes and strides of many tensors in one call; what it does not let pass may be right.
-        self._same_layouts = _guard(self._moving)
-        self._plain = _guard([p.detach() for p in self._params])
+        self._same_layouts = _guard(memory)
+        self._plain = _guard([p.detach() for p in memory[: len(members)]])
         # Gradients that nobody else replaces by other ones: they are known again by identity.
         self._own = flat.gradients(self._all) if flat and all(m.p in flat for m in members) else None
         self._own_here = [g for k in self._order if self._own and (g := self._own[k]) is not None]
@@ -117,11 +125,12 @@ class Binding:
             return None
         if self._counted and (self._shown.tobytes() != self._seen or self._most >= self._limit):
             return None
-        if [*map(Tensor.data_ptr, self._moving)] != self._pointers:
+        moving = [*map(_tensors.local, self._moving)] if self._spread else self._moving
+        if [*map(Tensor.data_ptr, moving)] != self._pointers:
             return None
         if own:
             return self._own_here
-        if not self._same_layouts(*self._moving) and _layouts(self._moving) != self._layouts:
+        if not self._same_layouts(*moving) and _layouts(moving) != self._layouts:
             return None
         return [gradients[k] for k in self._order]
 
@@ -160,7 +169,7 @@ class Binding:
                 if first and not done:
                     self._take_back(state)
             self._show()
-            increment_version(self._params)  # or autograd would not notice what it saved and this step has changed
+            increment_version(self._noticed)  # or autograd would not notice what it saved and this step has changed
             if self._zeroes:
                 for g, own in zip(gradients, checked, strict=True):
                     if own is not g:  # a copy was zeroed
@@ -224,7 +233,7 @@ class Binding:
 
     def _checked(self, gradients: list[Tensor]) -> tuple[list[Tensor], list[int]]:
         """Each in the memory order of its parameter, and where it is."""
-        if gradients is self._own_here or self._plain(*gradients):
+        if gradients is self._own_here or (not self._spread and self._plain(*gradients)):
             pointers = [*map(Tensor.data_ptr, gradients)]
             if gradients is self._own_here:
                 right = pointers == self._own_pointers  # p.grad.data = ... is another place

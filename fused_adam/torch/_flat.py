@@ -23,6 +23,8 @@ class Flat:
         mine = [*dict.fromkeys(p for p in params if p.requires_grad)]
         for k, p in enumerate(mine):
             name = f"parameter {k} of those that require gradients"
+            if _tensors.is_spread(p):
+                raise TypeError(f"{name} is a DTensor, which has no place in a buffer; leave flat=True out")
             _tensors.check_parameter(name, p)
             if p.grad is not None:
                 _tensors.gradient(f"the gradient of {name}", p.grad, p)
@@ -42,8 +44,7 @@ class Flat:
         self._buffers.append(grad)
         start = 0
         for p in params:
-            mine = data.as_strided(p.shape, p.stride(), start)
-            view = grad.as_strided(p.shape, p.stride(), total + start)
+            mine, view = _part(data, start, p), _part(grad, start, p)
             mine.copy_(p.detach())
             if p.grad is not None:
                 view.copy_(p.grad.detach())
@@ -103,3 +104,12 @@ class Flat:
 
 def _kind(p: Tensor) -> tuple[str, str]:
     return str(p.dtype), str(p.device)
+
+
+def _part(buffer: Tensor, start: int, p: Tensor) -> Tensor:
+    """The elements from `start` on, in the shape and memory order of p, with a storage of their own over this memory.
+
+    For tensors of one storage are one tensor to Accelerate, which saves the first of them alone, and to torch.save each
+    is as long as the buffer.
+    """
+    return torch.from_dlpack(buffer[start : start + p.numel()]).as_strided(p.shape, p.stride())  # type: ignore[attr-defined]

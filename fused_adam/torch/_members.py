@@ -117,9 +117,7 @@ def _with_states(found: list[Found], initial: Callable[[Tensor], complex], flat:
                 f.states[called] = s
         for f in some:
             if f.states[called] is None:
-                f.states[called] = torch.full_like(
-                    f.p, initial(f.p), memory_format=torch.preserve_format, requires_grad=False
-                )
+                f.states[called] = first(f.p, initial(f.p))
     members = []
     for f in found:
         states = {called: s for called, s in f.states.items() if s is not None}
@@ -128,12 +126,17 @@ def _with_states(found: list[Found], initial: Callable[[Tensor], complex], flat:
     return members
 
 
+def first(p: Tensor, value: complex) -> Tensor:
+    """A state before the first step, in the memory order of its parameter."""
+    return torch.full_like(p, value, memory_format=torch.preserve_format, requires_grad=False)
+
+
 def _refuse_shared(members: list[Member]) -> None:
     """Raises ValueError if any two parameters or states share memory."""
     extents = sorted(
         (start := t.data_ptr(), start + t.nbytes, f"a state of {m.name}" if k else m.name)
         for m in members
-        for k, t in enumerate((m.p, *m.states))
+        for k, t in enumerate(map(_tensors.local, (m.p, *m.states)))
         if t.numel()
     )
     for (_, end, one), (start, _, other) in pairwise(extents):

@@ -43,7 +43,7 @@ class Side:
         self._groups = [part.group for part in parts]
         self._dtypes = [part.dtype for part in parts]
         self.t = [part.t for part in parts]
-        rows = [tuple(map(_tensors.row, (m.p, *m.states))) for m in members]
+        rows = [tuple(map(_tensors.row, map(_tensors.local, (m.p, *m.states)))) for m in members]
         self._writes = _checks.Extents(a for row in rows for a in row)
         self._nbytes = np.array([row[0].nbytes for row in rows], np.int64)
         tables = [Rows(dtype, [], rows[s], []) for dtype, s in zip(self._dtypes, self.slices, strict=True)]

@@ -19,8 +19,22 @@ DTYPES: dict[torch.dtype, np.dtype[Any]] = {
 }
 
 
+def is_spread(t: Tensor) -> bool:
+    """Whether it is a DTensor, of which this process may hold a part."""
+    return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ and hasattr(t, "_local_tensor")
+
+
+def local(t: Tensor) -> Tensor:
+    """What this process holds of a DTensor, whose own data_ptr is 0; any other tensor itself."""
+    if not is_spread(t):
+        return t
+    part: Tensor = t._local_tensor  # type: ignore[attr-defined] # as .to_local(), which takes 10 us
+    return part.wait() if hasattr(part, "wait") else part  # a collective may not have finished it
+
+
 def check_parameter(name: str, p: Tensor) -> None:
     """Raises RuntimeError, TypeError or ValueError for one that cannot be stepped in place."""
+    p = local(p)
     _plain(name, p)
     if p.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -81,17 +95,22 @@ def row(t: Tensor) -> AnyArray:
 
 def in_order_of(t: Tensor, p: Tensor) -> Tensor:
     """A copy of t in the shape and memory order of a dense p, with t's own dtype."""
-    copy = torch.empty_strided(p.shape, p.stride(), dtype=t.dtype, device=p.device)
+    copy = torch.empty_like(p, dtype=t.dtype, memory_format=torch.preserve_format, requires_grad=False)
     return copy.copy_(t.detach())
 
 
 def gradient(name: str, g: Tensor, p: Tensor) -> Tensor:
-    """A gradient in the memory order of its parameter: itself, or a copy.
+    """A gradient in the memory order of its parameter: itself, or a copy; what this process holds of a DTensor's.
 
     Raises RuntimeError, TypeError or ValueError where it does not fit.
     """
     if g.layout is not torch.strided:
         raise RuntimeError(f"{name} is sparse; sparse gradients are not supported: pass a dense one, .to_dense()")
+    if is_spread(p):
+        _both_spread(name, g, p)
+        if _way(g) != _way(p):  # a sum that is still to be taken, for one
+            g = g.detach().redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+        g, p = local(g), local(p)
     _plain(name, g)
     _beside(name, g, p)
     if g.dtype != p.dtype:
@@ -113,13 +132,33 @@ def state(name: str, s: Any, p: Tensor) -> Tensor:
     """A parameter's state in its memory order: itself, or a copy. Raises TypeError or ValueError if it does not fit."""
     if not isinstance(s, Tensor):
         raise TypeError(f"{name} should be a tensor, got {type(s).__name__}")
-    if s.shape != p.shape:
-        raise ValueError(f"{name} has shape {tuple(s.shape)} but its parameter has {tuple(p.shape)}")
-    _plain(name, s)
-    _beside(name, s, p)
+    fits(name, s, p)
+    _plain(name, local(s))
+    _beside(name, local(s), local(p))
     if s.dtype != p.dtype:
         raise TypeError(f"{name} has dtype {s.dtype} but its parameter has {p.dtype}; convert the one that is wrong")
-    return s if s.stride() == p.stride() else in_order_of(s, p)
+    return s if local(s).stride() == local(p).stride() else in_order_of(s, p)
+
+
+def fits(name: str, s: Tensor, p: Tensor) -> None:
+    """Raises TypeError or ValueError unless a state has the shape of its parameter, and is spread as it is."""
+    if s.shape != p.shape:
+        raise ValueError(f"{name} has shape {tuple(s.shape)} but its parameter has {tuple(p.shape)}")
+    _both_spread(name, s, p)
+    if is_spread(p) and _way(s) != _way(p):
+        raise ValueError(f"{name} is spread by {_way(s)} but its parameter by {_way(p)}; .redistribute() it")
+
+
+def _both_spread(name: str, t: Tensor, p: Tensor) -> None:
+    if is_spread(t) != is_spread(p):
+        kinds = ["a DTensor" if is_spread(x) else "a plain tensor" for x in (t, p)]
+        fix = "get_optimizer_state_dict and set_optimizer_state_dict of torch.distributed.checkpoint carry states over"
+        raise TypeError(f"{name} is {kinds[0]} but its parameter is {kinds[1]}; {fix}")
+
+
+def _way(t: Tensor) -> tuple[Any, Any]:
+    """How the elements of a DTensor lie on which devices."""
+    return t.placements, t.device_mesh  # type: ignore[attr-defined]
 
 
 def steps(name: str, step: Any) -> int:
