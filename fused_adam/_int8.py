@@ -46,7 +46,7 @@ def _f32(x: float) -> Array:
 
 
 # Below, fmin and fmax: minimum and maximum want their result by keyword.
-_K255, _K127 = (np.divide(_f32(1), _f32(n)) for n in (255, 127))
+_K255, _K127 = (_f32(float(np.float32(1) / np.float32(n))) for n in (255, 127))  # of no dimension, as all constants
 _ZERO, _ONE, _THREE_QUARTERS, _127, _255 = map(_f32, (0, 1, 0.75, 127, 255))
 _UNIT = _f32(2.0**-24)
 _0, _8, _16 = map(constant, (0, 8, 16))

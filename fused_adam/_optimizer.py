@@ -54,8 +54,9 @@ class SGD(Optimizer):
         device_scalars: for parameters on a GPU (CuPy), keep t, the learning rate and all that follows from them there,
             so that a step can be captured in a CUDA graph and replayed. On the host nothing changes.
         master: beside parameters of 16 bits, what their step is computed from: "float32", of which they are the rounded
-            copies; or for bfloat16 "split16", their other 16 bits. By default a step is computed from themselves.
-        state_dtype: "float32" (the default; for float64 parameters float64) or "bfloat16".
+            copies; or for bfloat16 "split16", their other 16 bits, or with states of fewer than 32 bits "split8", 8 of
+            these. By default a step is computed from themselves.
+        state_dtype: "float32" (the default; for float64 parameters float64), "bfloat16", or for Adam and AdamW "int8".
         stochastic_rounding: round what is kept in 16 bits, parameters without a master and states, up or down at random
             so that the mean is exact. The random bits depend on seed, t and the element's place among the parameters.
         seed: an int from 0 to 2**63 - 1.

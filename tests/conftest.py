@@ -19,7 +19,7 @@ import pytest
 CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 BACKENDS = ("numpy", "numba")
 
-# What needs frameworks, or the data of other packages, has an environment of its own: `make test-torch` names the folders.
+# What needs frameworks, or data of other packages, has an environment of its own: `make test-torch` names the folders.
 collect_ignore = ["torch_frameworks", "torch_trainings"]
 
 hypothesis.settings.register_profile("fused_adam", deadline=None, derandomize=CI, print_blob=True)

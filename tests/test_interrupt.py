@@ -144,7 +144,8 @@ import ml_dtypes, numpy as np, _testcapi
 import fused_adam
 
 # 16 bits: with random bits and other gradients; with a master, whose state dict is loaded
-HALF = {"half": {"state_dtype": "bfloat16", "stochastic_rounding": True}, "split": {"master": "split16"}}
+HALF = {"half": {"state_dtype": "bfloat16", "stochastic_rounding": True}, "split": {"master": "split16"},
+        "eight": {"state_dtype": "int8", "master": "split8", "amsgrad": False}}
 backend, cls, how = sys.argv[1], getattr(fused_adam, sys.argv[2]), sys.argv[3]
 shapes = [(1000,), (40000,), (5, 2), ()]
 
@@ -304,6 +305,7 @@ def test_ctrl_c_never_leaves_half_a_step_and_is_never_lost(backend):
         ("numpy", "half", "Lion", 11),
         ("numba", "half", "Lion", 11),
         ("numpy", "split", "Lion", 11),
+        ("numpy", "eight", "Adam", 17),
     ],
 )
 def test_a_failed_allocation_leaves_all_as_it_was(backend, how, cls, stride, tmp_path):
