@@ -151,6 +151,7 @@ EXPERIMENTS = (
             Target("fused_adam.torch", "torch fused", 1.5),
         ),
         sample_s=0.005,
+        margin=2.0,
     ),
     Experiment("torch, 2^24", lambda: dropin([2**24]), (Target("fused_adam.torch", "torch fused", 0.97),), rounds=15),
     Experiment(

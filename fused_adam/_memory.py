@@ -28,6 +28,9 @@ class Memory(Protocol):
     def to_host(self, a: Any) -> Array:
         """A copy in host memory, after all work that was given to the device before."""
 
+    def own(self, a: Any) -> Any:
+        """The same memory as an array of its library."""
+
 
 class Host:
     library = "numpy"
@@ -44,6 +47,9 @@ class Host:
 
     def to_host(self, a: Any) -> Array:
         return np.array(a, order="K")
+
+    def own(self, a: Any) -> Any:
+        return a
 
 
 class Cupy:
@@ -67,17 +73,16 @@ class Cupy:
             if view("source", source) is None:
                 destination.set(np.ascontiguousarray(source, destination.dtype))  # without memory of the device's
             else:
-                destination[...] = self._own(source)
+                destination[...] = self.own(source)
             self._cupy.cuda.runtime.deviceSynchronize()
 
     def to_host(self, a: Any) -> Array:
         with self._cupy.cuda.Device(self.device):
             self._cupy.cuda.runtime.deviceSynchronize()
-            host: Array = self._cupy.asnumpy(self._own(a))
+            host: Array = self._cupy.asnumpy(self.own(a))
         return host
 
-    def _own(self, a: Any) -> Any:
-        """The same memory as an array of CuPy's."""
+    def own(self, a: Any) -> Any:
         return self._cupy.asarray(a) if hasattr(a, "__cuda_array_interface__") else self._cupy.from_dlpack(a)
 
 
@@ -108,7 +113,7 @@ class Numba:
             self._cuda.synchronize()
             found = view("source", source)
             if found is not None:
-                source = self._own(source)
+                source = self.own(source)
                 if found.order != "C" or found.dtype != destination.dtype:  # Numba copies bytes only
                     source = source.copy_to_host()
             if isinstance(source, np.ndarray | np.generic):
@@ -119,11 +124,11 @@ class Numba:
     def to_host(self, a: Any) -> Array:
         with self._cuda.gpus[self.device]:
             self._cuda.synchronize()
-            host: Array = self._own(a).copy_to_host()
+            host: Array = self.own(a).copy_to_host()
         return host
 
-    def _own(self, a: Any) -> Any:
-        """The same memory as an array of Numba's, which knows nothing of DLPack."""
+    def own(self, a: Any) -> Any:
+        # Numba knows nothing of DLPack
         return self._cuda.as_cuda_array(a if hasattr(a, "__cuda_array_interface__") else view("it", a))
 
 

@@ -143,10 +143,10 @@ class Part:
         elif coded:
             rows = _int8.to_floats(rows["m"], rows["v"], rows[SCALES])
         buffers = {**self.states, MASTER: self.master, SCALES: self.scales}
-        for key, row in rows.items():
+        for key in rows:  # not its items: CPython's iterator over them crashes where memory runs out
             buffer = buffers[key]
             assert buffer is not None
-            calls.append((buffer.memory.assign, (buffer.views[k], row)))
+            calls.append((buffer.memory.assign, (buffer.views[k], rows[key])))
         return calls
 
     def _encoded(self, k: int, name: str, rows: dict[str, Array], t: int) -> dict[str, Array]:

@@ -8,31 +8,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fused_adam import _checks, _numbers
-from fused_adam._arrays import Array
 from fused_adam.backends import DeferredInterrupt
 
 if TYPE_CHECKING:
     from fused_adam._base import Optimizer
 
 _FORMAT = 1
+Write = tuple[Callable[..., Any], tuple[Any, ...]]  # a call that can no longer fail
+
+
+def numbers(optimizer: Optimizer) -> dict[str, Any]:
+    """A state dict without its arrays."""
+    groups = []
+    number = 0
+    for group, index in zip(optimizer.param_groups, optimizer._index, strict=True):
+        groups.append({**optimizer._check(group), "params": list(range(number, number + len(index)))})
+        number += len(index)
+    return {"format": _FORMAT, "optimizer": type(optimizer).__name__, "t": optimizer.t, "param_groups": groups}
 
 
 def save(optimizer: Optimizer) -> dict[str, Any]:
     """See `Optimizer.state_dict`."""
-    state: list[dict[str, Array]] = []
-    groups = []
-    for group, index in zip(optimizer.param_groups, optimizer._index, strict=True):
-        numbers = list(range(len(state), len(state) + len(index)))
-        groups.append({**optimizer._check(group), "params": numbers})
-        parts = [(optimizer._parts[k], j) for k, j in index]
-        state += [part.saved(j) for part, j in parts]
-    return {
-        "format": _FORMAT,
-        "optimizer": type(optimizer).__name__,
-        "t": optimizer.t,
-        "param_groups": groups,
-        "state": state,
-    }
+    parts = [(optimizer._parts[k], j) for index in optimizer._index for k, j in index]
+    return {**numbers(optimizer), "state": [part.saved(j) for part, j in parts]}
 
 
 def load(optimizer: Optimizer, d: Mapping[str, Any]) -> None:
@@ -40,40 +38,53 @@ def load(optimizer: Optimizer, d: Mapping[str, Any]) -> None:
     _checks.same_keys("state_dict", d, ("format", "optimizer", "t", "param_groups", "state"))
     if d["format"] != _FORMAT:
         raise ValueError(f"state_dict has format {d['format']!r}; this version reads {_FORMAT}")
+    t, last = checked_numbers(optimizer, d, "state_dict")
+    parts = [(optimizer._parts[k], j) for index in optimizer._index for k, j in index]
+    if not isinstance(d["state"], list | tuple) or len(d["state"]) != len(parts):
+        raise ValueError(f'state_dict["state"] should be a list of {len(parts)}, got {_checks.kind(d["state"])}')
+    writes: list[Write] = []
+    for number, (part, j) in enumerate(parts):
+        name = f'state_dict["state"][{number}]'
+        writes += part.writes(j, name, d["state"][number], t)
+    with DeferredInterrupt():
+        for write, arguments in writes + last:
+            write(*arguments)
+
+
+def checked_numbers(optimizer: Optimizer, d: Mapping[str, Any], what: str) -> tuple[int, list[Write]]:
+    """t, and what writes it and the hyperparameters of a state dict, which a message calls `what`.
+
+    Raises TypeError or ValueError if they do not fit the optimizer.
+    """
     if d["optimizer"] != type(optimizer).__name__:
-        raise ValueError(f"state_dict is of {d['optimizer']!r} but this is {type(optimizer).__name__}")
-    t = _numbers.step_number(d["t"], least=0, name='state_dict["t"]')
-    for name, have in (("param_groups", len(optimizer.param_groups)), ("state", sum(map(len, optimizer._index)))):
-        if not isinstance(d[name], list | tuple) or len(d[name]) != have:
-            raise ValueError(f'state_dict["{name}"] should be a list of {have}, got {_checks.kind(d[name])}')
-    hyperparameters = []
-    writes: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        raise ValueError(f"{what} is of {d['optimizer']!r} but this is {type(optimizer).__name__}")
+    t = _numbers.step_number(d["t"], least=0, name=f'{what}["t"]')
+    groups, have = d["param_groups"], len(optimizer.param_groups)
+    if not isinstance(groups, list | tuple) or len(groups) != have:
+        raise ValueError(f'{what}["param_groups"] should be a list of {have}, got {_checks.kind(groups)}')
+    writes: list[Write] = []
     number = 0
-    for k, index in enumerate(optimizer._index):
-        path = f'state_dict["param_groups"][{k}]'
-        given = d["param_groups"][k]
+    for k, (index, given) in enumerate(zip(optimizer._index, groups, strict=True)):
+        path = f'{what}["param_groups"][{k}]'
         if isinstance(given, Mapping):
             given = {**optimizer._later, **given}
         _checks.same_keys(path, given, (*optimizer._names, "params"))
-        numbers = list(range(number, number + len(index)))
-        if not isinstance(given["params"], list | tuple) or list(given["params"]) != numbers:
-            raise ValueError(f'{path}["params"] should be {numbers}, got {given["params"]!r}')
-        hyperparameters.append(optimizer._check(given))
-        update = optimizer._update(hyperparameters[-1])
+        expected = list(range(number, number + len(index)))
+        number += len(index)
+        if not isinstance(given["params"], list | tuple) or list(given["params"]) != expected:
+            raise ValueError(f'{path}["params"] should be {expected}, got {given["params"]!r}')
+        values = optimizer._check(given)
+        update = optimizer._update(values)
         update.at(t + 1)  # a rule of the user's may refuse them
-        wanted = update.rule.states
-        for part, j in ((optimizer._parts[k], j) for k, j in index):
-            if tuple(part.states) != wanted:
-                raise ValueError(f"{path} asks for states {wanted} but this optimizer has {tuple(part.states)}")
-            name = f'state_dict["state"][{number}]'
-            writes += part.writes(j, name, d["state"][number], t)
-            number += 1
-    writes += [(g.update, (values,)) for g, values in zip(optimizer.param_groups, hyperparameters, strict=True)]
+        for part in (optimizer._parts[n] for n, _ in index):
+            if tuple(part.states) != update.rule.states:
+                raise ValueError(
+                    f"{path} asks for states {update.rule.states} but this optimizer has {tuple(part.states)}"
+                )
+        writes.append((optimizer.param_groups[k].update, (values,)))
     if optimizer._on_device:
         upload = optimizer._runner.upload
         writes.append((lambda: upload(optimizer._updates(), wait=True), ()))
         writes.append((optimizer._stepper.set_t, (t,)))
     writes.append((np.copyto, (optimizer._t, np.array([t], np.int64))))
-    with DeferredInterrupt():
-        for write, arguments in writes:
-            write(*arguments)
+    return t, writes

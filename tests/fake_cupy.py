@@ -163,11 +163,19 @@ def zeros(shape: Any, dtype: Any) -> ndarray:
     return ndarray(a)
 
 
+def of_interface(a: Any) -> Any:
+    """The device memory that an object of another library describes, as a NumPy array."""
+    described = a.__cuda_array_interface__
+    shape, dtype = described["shape"], np.dtype(described["typestr"])
+    flat = _read(described["data"][0], dtype, int(np.prod(shape)))
+    return np.ndarray(shape, dtype, flat, strides=described["strides"])
+
+
 def asarray(a: Any) -> ndarray:
     if isinstance(a, ndarray):
         return a
     if hasattr(a, "__cuda_array_interface__"):
-        return ndarray(a.array)  # of another library: see Foreign
+        return ndarray(of_interface(a))
     source = np.asarray(a)
     raw = _allocate(source.nbytes).view(source.dtype)
     order = "F" if source.flags.f_contiguous and not source.flags.c_contiguous else "C"

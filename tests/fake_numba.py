@@ -81,10 +81,7 @@ def to_device(a: Any) -> DeviceNDArray:
 
 
 def as_cuda_array(a: Any) -> DeviceNDArray:
-    described = a.__cuda_array_interface__
-    shape, dtype = described["shape"], np.dtype(described["typestr"])
-    flat = fake_cupy._read(described["data"][0], dtype, int(np.prod(shape)))
-    return DeviceNDArray(np.ndarray(shape, dtype, flat, strides=described["strides"]))
+    return DeviceNDArray(fake_cupy.of_interface(a))
 
 
 def _memset(a: DeviceNDArray, value: int, nbytes: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 from conftest import same_bits
 
 import fused_adam
-from fused_adam import _storage
+from fused_adam import _storage, checkpoint
 from fused_adam._formats import ADAM, FORMATS, FORMATS_OF_ADAM, RULES
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -363,6 +363,12 @@ WRONG: list[tuple[str, Any, str]] = [
 def test_what_is_refused(name: str, call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_checkpoints_say_that_they_do_not_hold_it(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="checkpoints of numbers in 16 or 8 bits are not offered"):
+        checkpoint.save(tmp_path / "run", fused_adam.AdamW(bf16()))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_gradient_in_the_memory_of_the_step_is_refused(backend: str) -> None:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from watch import adam_arrays, memory, misaligned
 
 import fused_adam
-from fused_adam._checks import NUMERICS
 from fused_adam._codegen import parse
+from fused_adam._numbers import NUMERICS
 
 REFUSALS = (TypeError, ValueError, RuntimeError)
 BACKENDS = ("numpy", "numba", "auto")

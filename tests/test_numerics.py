@@ -14,7 +14,7 @@ from conftest import same_bits
 from peers import PEERS, arrays
 
 import fused_adam
-from fused_adam._checks import NUMERICS
+from fused_adam._numbers import NUMERICS
 
 FACTS = json.loads((Path(__file__).parent / "golden" / "facts.json").read_text())
 STEPS = 50

@@ -32,7 +32,8 @@ def program(folder, blocks):
 
 
 def run(path):
-    out = subprocess.run([sys.executable, "-W", "error", path], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "error", path]
+    out = subprocess.run(command, capture_output=True, text=True, check=False, cwd=path.parent)
     assert out.returncode == 0, out.stderr
     assert float(out.stdout) < 0.4
 
@@ -45,6 +46,7 @@ def test_its_programs_run(tmp_path):
 def test_its_program_for_a_gpu_runs_on_one_that_is_not_there(tmp_path, monkeypatch):
     """And gives the parameters that the one for the CPU gives: the arithmetic around the step is NumPy's too."""
     assert len(BLOCKS) > len(WITHOUT_GPU)
+    monkeypatch.chdir(tmp_path)
     host = runpy.run_path(str(program(tmp_path, WITHOUT_GPU)))
     with fake_cupy.installed(monkeypatch), monkeypatch.context() as patch:
         fake_cupy.allow_arithmetic(patch)

@@ -11,12 +11,20 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fused_adam.cli import bench, demo, info, kernel, train, verify
+from fused_adam.cli import bench, checkpoint, demo, info, kernel, train, verify
 from fused_adam.cli.exit_codes import CommandError, Exit
 
 __all__ = ["main"]
 
-_COMMANDS = {"info": info, "verify": verify, "train": train, "bench": bench, "kernel": kernel, "demo": demo}
+_COMMANDS = {
+    "info": info,
+    "verify": verify,
+    "train": train,
+    "checkpoint": checkpoint,
+    "bench": bench,
+    "kernel": kernel,
+    "demo": demo,
+}
 
 
 def _parser() -> argparse.ArgumentParser:

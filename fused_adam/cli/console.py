@@ -92,18 +92,48 @@ def progress(total: int) -> Iterator[Callable[[int, Any], None]]:
         close()
 
 
-def _plain_bar(total: int) -> tuple[Callable[[int, str], None], Callable[[], None]]:
+@contextmanager
+def transfer(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields update(done, total), in bytes, which shows them ten times a second on a terminal."""
+    start = shown = time.perf_counter()
+    bar: tuple[Callable[[int, str], None], Callable[[], None]] | None = None
+
+    def update(done: int, total: int) -> None:
+        nonlocal bar, shown
+        now = time.perf_counter()
+        if not sys.stderr.isatty() or (now - shown <= 0.1 and done < total):
+            return
+        shown = now
+        bar = bar or (_rich_bar if _use_rich(sys.stderr) else _plain_bar)(total, "bytes")
+        bar[0](done, f"{size(round(done / max(now - start, 1e-9)))}/s, {name}")
+
+    try:
+        yield update
+    finally:
+        if bar:
+            bar[1]()
+
+
+def size(n: int) -> str:
+    """Bytes as people read them: 999 B, 1.0 kB, 12.3 GB."""
+    power = min((len(str(n)) - 1) // 3, 5)
+    return f"{n / 1000**power:.1f} {'kMGTP'[power - 1]}B" if power else f"{n} B"
+
+
+def _plain_bar(total: int, unit: str = "steps") -> tuple[Callable[[int, str], None], Callable[[], None]]:
     def show(step: int, text: str) -> None:
-        print(f"\r{step:,}/{total:,} steps, {text}".ljust(WIDTH - 1), end="", file=sys.stderr, flush=True)
+        print(f"\r{step:,}/{total:,} {unit}, {text}".ljust(WIDTH - 1), end="", file=sys.stderr, flush=True)
 
     return show, lambda: print(file=sys.stderr)
 
 
-def _rich_bar(total: int) -> tuple[Callable[[int, str], None], Callable[[], None]]:
+def _rich_bar(total: int, unit: str = "steps") -> tuple[Callable[[int, str], None], Callable[[], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
-    bar = Progress(BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), console=Console(stderr=True))
+    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    text = TextColumn("{task.description}", markup=False)
+    bar = Progress(BarColumn(24), count, text, console=Console(stderr=True))
     task = bar.add_task("starting", total=total)
     bar.start()
     return lambda step, text: bar.update(task, completed=step, description=text), bar.stop
