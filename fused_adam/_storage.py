@@ -34,34 +34,22 @@ from fused_adam._arrays import Array
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
-FLOATS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes of each
-MASTERS = {"float32": 4, "split16": 2, "split8": 1}  # bytes beside a parameter of 16 bits
 BLOCK8 = 64  # elements of 8-bit states that share scales, and never lie in two parameters
 
 NAN_BF16, NAN_F16 = 0x7FC0, 0x7E00
 
 
 class Format(NamedTuple):
-    """How a parameter and what belongs to it is kept. states: of FLOATS, or "int8". master: of MASTERS, or None."""
+    """How a parameter and what belongs to it is kept.
+
+    p, g: "float32", "float16" or "bfloat16". states: also "int8". master: None, "float32", "split16" or "split8".
+    """
 
     p: str = "float32"
     g: str = "float32"
     states: str = "float32"
     master: str | None = None
     stochastic_rounding: bool = False
-
-    def nbytes(self, states: int) -> float:
-        """Bytes an element in memory, without the gradient, of a rule with this many states."""
-        state = 1 + 2 / BLOCK8 if self.states == "int8" else FLOATS[self.states]
-        return FLOATS[self.p] + (MASTERS[self.master] if self.master else 0) + states * state
-
-
-def takes_int8(states: Sequence[str]) -> bool:
-    """Whether a rule with these states may keep them in 8 bits: those with a mean m and a mean square v, and no other.
-
-    The code keeps m / sqrt(v), which is bounded for these. A lone m (Lion, momentum) or v has no such ratio.
-    """
-    return tuple(states) == ("m", "v")
 
 
 def constant(x: int, dtype: Any = np.uint32) -> Array:

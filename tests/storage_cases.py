@@ -121,6 +121,8 @@ _TAKES = {"bfloat16": ("p",), "float16": ("p",), "split16": ("p", "low"), "split
 
 def numba(name: str, tile: Tile) -> None:
     require("numba")
+    import storage_tiles
+
     from fused_adam.backends import _numba_int8, _numba_storage
 
     if name == "fill_noise":
@@ -131,12 +133,12 @@ def numba(name: str, tile: Tile) -> None:
         _numba_int8.decode_int8(tile.q_m, tile.q_v, tile.scales, tile.x, tile.y)
     elif name.startswith("encode_int8"):
         m, v = tile.x.copy(), tile.y.copy()  # which are written over
-        _numba_int8.encode_int8(m, v, tile.q_m, tile.q_v, tile.scales, tile.first, tile.t)
+        storage_tiles.encode_int8(m, v, tile.q_m, tile.q_v, tile.scales, tile.first, tile.t)
     else:
         stored = [getattr(tile, a) for a in _TAKES[name.split("_")[1]]]
         noise = [tile.noise] if "stochastic" in name else []
         rows = [*stored, tile.x] if name.startswith("decode") else [tile.x, *stored, *noise]
-        getattr(_numba_storage, name)(*rows)
+        getattr(storage_tiles, name)(*rows)
 
 
 # --- CUDA C++ on the host ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import tracemalloc
 from typing import Any
 
 import ml_dtypes
@@ -403,9 +404,27 @@ def test_a_scale_is_divided_out(backend: str) -> None:
     assert opt.last_stats().skipped == 1
 
 
-def test_bytes_of_a_parameter() -> None:
-    n = 2**16
-    opt = fused_adam.AdamW(np.zeros(n, BF16), master="split16", state_dtype="bfloat16")
-    part = opt._parts[0]
-    held = sum(b.data.nbytes for b in (*part.states.values(), part.master))
-    assert held == 6 * n and _storage.Format("bfloat16", "bfloat16", "bfloat16", "split16").nbytes(2) == 8
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({}, 10),
+        ({"master": "float32"}, 14),
+        ({"master": "split16", "state_dtype": "bfloat16"}, 8),
+        ({"master": "split8", "state_dtype": "int8"}, 5.1),
+    ],
+)
+def test_bytes_of_a_parameter(options: dict[str, Any], most: float) -> None:
+    """Beside its gradient, of AdamW and bfloat16; and a step takes next to nothing more."""
+    n = 2**20
+    p, g = np.zeros(n, BF16), np.zeros(n, BF16)
+    for backend in ("numpy", "numba"):
+        fused_adam.AdamW(p[:8].copy(), backend=backend, **options).step(g[:8])  # all is imported and compiled
+        tracemalloc.start()
+        opt = fused_adam.AdamW(p, backend=backend, **options)
+        held = tracemalloc.get_traced_memory()[0]
+        assert 2 * n + held <= most * n * 1.01
+        opt.step(g)
+        tracemalloc.reset_peak()
+        opt.step(g)
+        assert tracemalloc.get_traced_memory()[1] - held <= 0.02 * most * n + 2**21  # the rows of a chunk of NumPy's
+        tracemalloc.stop()

@@ -13,7 +13,6 @@ from conftest import require
 from storage_cases import ENGINES, Tile, names, numba, numpy_calls, same_tiles
 
 from fused_adam import _philox, _storage
-from fused_adam._storage import Format
 
 LARGE = 2**22
 ALL16 = np.arange(2**16, dtype=np.uint16)
@@ -293,17 +292,3 @@ def test_no_call_allocates(name: str, n: int) -> None:
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kept", "states", "nbytes"),
-    [
-        (Format(), 2, 12),
-        (Format("bfloat16", "bfloat16", "bfloat16"), 2, 6),
-        (Format("bfloat16", "bfloat16", "float32", "split16"), 2, 12),
-        (Format("bfloat16", "bfloat16", "float32", "float32"), 1, 10),
-        (Format("bfloat16", "bfloat16", "int8", "split8"), 2, 5.0625),
-    ],
-)
-def test_bytes(kept: Format, states: int, nbytes: float) -> None:
-    assert kept.nbytes(states) == nbytes

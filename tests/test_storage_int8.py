@@ -14,9 +14,6 @@ from int8_streams import FlashOptim, Ratio, States, Stream, error, heavy_tails, 
 from storage_cases import ENGINES, Tile, same_tiles
 
 from fused_adam import _int8
-from fused_adam._codegen import bind
-from fused_adam._rules import RULES
-from fused_adam._storage import takes_int8
 
 STREAMS: dict[str, Callable[[], Stream]] = {"transformer": transformer, "mlp": mlp, "heavy tails": heavy_tails}
 MARKS = (50, 1000)
@@ -245,13 +242,3 @@ def test_first_corrupt() -> None:
         assert _int8.first_corrupt(tile.q_m, scales) == 5
     tile.q_m[999] = -128
     assert _int8.first_corrupt(tile.q_m, tile.scales) == 15
-
-
-def test_rules() -> None:
-    assert {name for name in RULES if takes_int8(bind(name).states)} == {
-        "adam",
-        "adamw",
-        "adam_root",
-        "adamw_root",
-        "adamw_after",
-    }

@@ -99,11 +99,3 @@ def encode_ratios(rho: Any, s: Any, q_m: Any, q_v: Any, scales: Any, first: Any,
             size = np.int32(min(y, _127))
             q_v[k] = code if s[k] > _0 else np.int32(0)
             q_m[k] = -size if rho[k] < _0 else size
-
-
-@tiles
-def encode_int8(m: Any, v: Any, q_m: Any, q_v: Any, scales: Any, first: Any, t: Any) -> None:
-    """m and v are written over. Arguments as of `encode_ratios`."""
-    for k in range(m.size):
-        m[k], v[k] = ratio(m[k], v[k])
-    encode_ratios(m, v, q_m, q_v, scales, first, t)
