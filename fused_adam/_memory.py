@@ -43,7 +43,8 @@ class Host:
         return raw[start : start + nbytes].view(dtype)
 
     def assign(self, destination: Any, source: Any) -> None:
-        np.copyto(destination, source, "unsafe" if destination.dtype.name == "bfloat16" else "same_kind")
+        # NumPy takes no cast to ml_dtypes' bfloat16 for safe. (Its name would be a new string, which can fail.)
+        np.copyto(destination, source, "unsafe" if destination.dtype.kind == "V" else "same_kind")
 
     def to_host(self, a: Any) -> Array:
         return np.array(a, order="K")
