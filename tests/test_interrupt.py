@@ -281,7 +281,8 @@ def run(script, *arguments, timeout=120, **environment):
 
 def test_ctrl_c_never_leaves_half_a_step_and_is_never_lost(backend):
     out = run(INTERRUPTS, backend, TRIALS)
-    assert len(re.findall(rf"done \d+ of {TRIALS}", out)) == 4
+    done = [int(trials) for trials in re.findall(r"done \d+ of (\d+)", out)]  # more if most came too late
+    assert len(done) == 4 and min(done) >= TRIALS
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="os.fork")
