@@ -205,6 +205,6 @@ def dropin(shapes: Sequence[int]) -> dict[str, Call]:
 
     return {
         "fused_adam.torch": step(fused_adam.torch.AdamW),
-        "fused_adam.torch flat": step(fused_adam.torch.AdamW, flat=True),
+        "its flat layout": step(fused_adam.torch.AdamW, flat=True),
         "torch fused": step(torch.optim.AdamW, fused=True),
     }

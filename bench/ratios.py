@@ -144,16 +144,18 @@ EXPERIMENTS = (
         sample_s=0.005,
     ),
     Experiment(
-        "torch, 200 x 1,024",
+        "200 tensors",
         lambda: dropin([1024] * 200),
         (
-            Target("fused_adam.torch flat", "torch fused", 8.0),
+            Target("its flat layout", "torch fused", 8.0),
             Target("fused_adam.torch", "torch fused", 1.5),
         ),
         sample_s=0.005,
         margin=2.0,
     ),
-    Experiment("torch, 2^24", lambda: dropin([2**24]), (Target("fused_adam.torch", "torch fused", 0.97),), rounds=15),
+    Experiment(
+        "a tensor of 2^24", lambda: dropin([2**24]), (Target("fused_adam.torch", "torch fused", 0.97),), rounds=15
+    ),
     Experiment(
         "10^6 rows of 59",
         splats,
