@@ -54,7 +54,8 @@ class Part:
             rows = _row_checks.rows(name.replace("grads", "params", 1), p, needed=False)[0] if per_row_step else 0
             self.row_steps.append(np.zeros(rows, np.int64) if per_row_step else None)
         for name, value in states:
-            self.states[name] = FlatBuffer(replace(layout, dtype=self._carrier(name)), memory)
+            dtype = self._carrier(name)  # mostly the layout's own, whose runs are then found once for all states
+            self.states[name] = FlatBuffer(layout if layout.dtype == dtype else replace(layout, dtype=dtype), memory)
             if value:
                 for row in self.states[name].views:
                     memory.assign(row, np.broadcast_to(np.array(value, self.dtype), row.shape))
