@@ -20,7 +20,7 @@ def step(
     optimizer: Optimizer,
     t: int,
     updates: Sequence[Update],
-    coefficients: Sequence[list[float]],
+    coefficients: Sequence[Sequence[float]],
     gradients: Sequence[Gradients],
     masks: Sequence[Sequence[Mask | None]],
     options: tuple[Any, ...],
@@ -34,7 +34,7 @@ def step(
     gathers: list[list[Gather | None]] = []
     for part, update, values, given, mine in zip(optimizer._parts, updates, coefficients, loose, masks, strict=True):
 
-        def at(number: int, part: Part = part, u: Update = update, values: list[float] = values) -> list[float]:
+        def at(number: int, part: Part = part, u: Update = update, values: Sequence[float] = values) -> Sequence[float]:
             return _coefficients_at(number, part, u) if optimizer.per_row_step else values
 
         each = zip(part.names, given.arrays, mine, part.parameters, part.row_steps, strict=True)
@@ -61,7 +61,7 @@ def has_rows(given: Gradients) -> bool:
     return any(issubclass(kind, SparseGrad) for kind in {*map(type, given.arrays)})
 
 
-def _coefficients_at(t: int, part: Part, update: Update) -> list[float]:
+def _coefficients_at(t: int, part: Part, update: Update) -> Sequence[float]:
     values = update.at(t)
     _numbers.coefficients(update.rule.coefficients, values, part.dtype)
     return values

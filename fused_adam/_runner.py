@@ -77,7 +77,7 @@ class Runner:
         self,
         t: int,
         updates: Sequence[Update],
-        values: Sequence[list[float]],
+        values: Sequence[Sequence[float]],
         gradients: Sequence[Gradients | Placed],
         grad_scale: Any = 1.0,
         found_inf: Any = None,

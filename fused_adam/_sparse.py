@@ -71,7 +71,7 @@ class Gather(NamedTuple):
     starts: Array | None
     order: Array | None
     every: bool
-    coefficients: list[list[float]]
+    coefficients: list[Sequence[float]]
     variant: Array | None
     row_steps: Array | None
     steps: Array | None
@@ -116,7 +116,7 @@ class Gather(NamedTuple):
             return np.copyto, [self.row_steps, self.steps]
         return self.row_steps.put, [self.rows, self.steps, "clip"]
 
-    def by_variant(self, moving: Array) -> Iterator[tuple[list[float], Array]]:
+    def by_variant(self, moving: Array) -> Iterator[tuple[Sequence[float], Array]]:
         """Coefficients, and those of the moving rows that take them."""
         if self.variant is None:
             yield self.coefficients[0], moving
@@ -137,7 +137,7 @@ def gather(
     p: AnyArray,
     t: int,
     row_steps: Array | None,
-    coefficients: Callable[[int], list[float]],
+    coefficients: Callable[[int], Sequence[float]],
 ) -> Gather | None:
     """How a parameter moves with a gradient called `name`; None if it is an ordinary step.
 

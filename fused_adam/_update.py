@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import NamedTuple
 
 from fused_adam._codegen import Rule
@@ -23,14 +24,16 @@ class Update(NamedTuple):
     arguments: tuple[float, ...]
     constants: Mapping[str, float]
 
-    def at(self, t: int) -> list[float]:
+    def at(self, t: int) -> Sequence[float]:
         """The coefficients of step t >= 1, in the order of the rule."""
         results = self.formula(t, *self.arguments) if self.formula else ()
-        values = (*results, *self.constants.values())
-        return [values[k] for k in _positions(self.rule.coefficients, (*self.names, *self.constants))]
+        return _picker(self.rule, (*self.names, *self.constants))((*results, *self.constants.values()))
 
 
 @lru_cache(maxsize=256)
-def _positions(wanted: tuple[str, ...], names: tuple[str, ...]) -> list[int]:
-    """Where each of the wanted names stands."""
-    return [names.index(name) for name in wanted]
+def _picker(rule: Rule, names: tuple[str, ...]) -> Callable[[tuple[float, ...]], tuple[float, ...]]:
+    """What puts values of these names into the order of the rule."""
+    where = [names.index(name) for name in rule.coefficients]
+    if len(where) > 1:
+        return itemgetter(*where)
+    return lambda values: tuple(values[k] for k in where)

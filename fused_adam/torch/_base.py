@@ -45,6 +45,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` whose step is one pass over all parameters of all groups; the base of the classes.
 
     The states are torch's, in ``self.state``; a `Binding` steps them in place where they are.
+
+    Attributes:
+        state: parameter -> torch's name of a state -> the tensor. Whoever has asked for it may put other tensors there
+            between steps, so that from then on every step looks.
     """
 
     _flat_class: ClassVar[type[_base.Optimizer]]  # of this package: its rules, coefficients and checks are used
@@ -55,6 +59,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _bound: Binding | None = None
     _flat: Flat | None = None
     _backend = "auto"
+    _capturable = False
+    _asked_for_state = False
 
     def _set_up(
         self,
@@ -81,14 +87,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
         self._skipped = 0  # by bindings that are no more
         self._captured: list[Binding] = []  # bindings that are no more, but read by replays of CUDA graphs
-        self._known: list[tuple[list[Any], Update]] = []
+        self._known: list[list[Any]] = []
+        self._found: list[Update] = []
         self._updates()
         if _numbers.flag("flat", flat):
             self._flat = Flat(self._parameters())
+        self._asked_for_state = False  # torch's constructor has made it
         self._ready = True
 
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        self._asked_for_state = True
+        return self._state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self._asked_for_state = True
+        self._state = state
+
     def _parameters(self) -> Iterable[Tensor]:
-        return chain.from_iterable(group["params"] for group in self.param_groups)
+        return _chained(group["params"] for group in self.param_groups)
 
     # --- hyperparameters --------------------------------------------------------------------------------------------
 
@@ -107,17 +125,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         return form._update(form._check(numbers))
 
     def _updates(self) -> list[Update]:
-        """Of each group, whose numbers are mostly the very objects that they were at the last step."""
+        """Of each group: the same list as long as all their numbers are the very objects that they were."""
         groups = self.param_groups
-        if len(self._known) != len(groups):
-            self._known = [([], self._asked(group)) for group in groups]
-        for k, group in enumerate(groups):
-            values = [*group.values()]
-            last, _ = self._known[k]
-            if len(values) != len(last) or not all(map(is_, values, last)):
-                constant = all(_base._is_constant(group.get(name)) for name in (*self._names, *_REFUSED))
-                self._known[k] = values if constant else [], self._asked(group)
-        return [update for _, update in self._known]
+        values, known = [[*group.values()] for group in groups], self._known
+        if [*map(len, values)] != [*map(len, known)] or not all(map(is_, _chained(values), _chained(known))):
+            self._found = [self._asked(group) for group in groups]
+            self._capturable = any(group.get("capturable") for group in groups)
+            constant = all(
+                _base._is_constant(group.get(name)) for group in groups for name in (*self._names, *_REFUSED)
+            )
+            self._known = values if constant else []
+        return self._found
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -161,31 +179,31 @@ class FusedOptimizer(torch.optim.Optimizer):
             scale = 1.0 if scale is None else scale
         updates = self._updates()
         bound, gradients = self._bind(updates)
-        bound.step(self.state, updates, gradients, scale, found)
+        bound.step(self._state, updates, gradients, scale, found)
         self._bound = bound
         return loss
 
     def _bind(self, updates: list[Update]) -> tuple[Binding, list[Tensor]]:
         """What steps over the present gradients, and these."""
         bound = self._bound
-        capturable = any(group.get("capturable") for group in self.param_groups)
-        if bound is not None and bound.settings.device_scalars == capturable:
-            gradients = bound.current(self.param_groups, self.state, updates)
+        if bound is not None and bound.settings.device_scalars == self._capturable:
+            state = self._state if self._asked_for_state else None
+            gradients = bound.current(self.param_groups, state, updates)
             if gradients is not None:
                 return bound, gradients
         if bound is not None and bound.captured:
             why = "and its replays would go on with what has changed since: parameters, states or which have gradients"
             raise RuntimeError(f"a step of this optimizer was captured in a CUDA graph, {why}; make a new optimizer")
         self._forget()
-        settings = self._settings._replace(device_scalars=capturable)
-        groups, state = self.param_groups, self.state
+        settings = self._settings._replace(device_scalars=self._capturable)
+        groups, state = self.param_groups, self._state
         bound = Binding(groups, state, updates, self._family, self._initial, self._backend, self._flat, settings)
         return bound, bound.first_gradients()
 
     def _forget(self) -> None:
         """Bind anew at the next step."""
         if self._bound is not None:
-            self._bound.sync(self.state)
+            self._bound.sync(self._state)
             self._skipped += self._bound.last_stats().skipped
             self._bound = None
 
@@ -236,10 +254,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's: the states are the live tensors. What shares one memory is copied: steps, and with `flat` all."""
         if self._bound is not None:
-            self._bound.sync(self.state)
+            self._bound.sync(self._state)
+        asked = self._asked_for_state or self._optimizer_state_dict_pre_hooks or self._optimizer_state_dict_post_hooks
         saved = super().state_dict()
+        self._asked_for_state = bool(asked)  # torch asks for it, and what is returned are copies
         states = saved.get("state", {})
-        if self._flat is not None and not any(self.state.values()):
+        if self._flat is not None and not any(self._state.values()):
             # torch.distributed.checkpoint loads into what it finds here. For want of states it takes a step to make
             # some, but not where there are gradients, as there always are in a flat layout.
             states.update(self._first_states(saved["param_groups"]))
@@ -299,6 +319,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         state[p] = loaded
         state.update(homeless)  # what belongs to no parameter stays as it is, as in torch
         self.__setstate__({"state": state, "param_groups": saved_groups})
+        self._asked_for_state = False
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -321,17 +342,22 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         if self._bound is not None:
-            self._bound.sync(self.state)
+            self._bound.sync(self._state)
         return {**super().__getstate__(), "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         options = state.pop("_options", None)
+        self.state = state.pop("state")
         super().__setstate__(state)
         if self._bound is not None and self._bound.captured:
             self._captured.append(self._bound)
-        self._bound, self._known = None, []
+        self._bound, self._known, self._found = None, [], []
         if options is not None:  # unpickled or copied, not loaded
             self._set_up(**options)
+        self._asked_for_state = True  # the caller may keep what he gave
+
+
+_chained = chain.from_iterable
 
 
 def _number(x: Any) -> Any:

@@ -60,11 +60,11 @@ class Binding:
         self.settings = settings
         self._zeroes = settings.zeroes
         self._of_sides: list[slice] = []  # which members they are
-        self._of_parts: list[slice] = []
+        of_parts: list[slice] = []
         for side in self._sides:
             start = self._of_sides[-1].stop if self._of_sides else 0
             self._of_sides.append(slice(start, start + len(side.members)))
-            self._of_parts += [slice(start + s.start, start + s.stop) for s in side.slices]
+            of_parts += [slice(start + s.start, start + s.stop) for s in side.slices]
 
         # torch's `step` tensors are elements of one array, so that one call writes them all: exactly below `_limit`.
         counts = [m.part.t for m in members]
@@ -74,6 +74,7 @@ class Binding:
         dtype = torch.float64 if exact else torch.float32
         self._steps = torch.tensor(counts, dtype=dtype, device="cpu")  # whatever the default device is
         self._shown = self._steps.numpy()
+        self._shown_parts = [self._shown[s] for s in of_parts]
         self._seen = self._shown.tobytes()
 
         # What `current` compares.
@@ -82,6 +83,7 @@ class Binding:
         self._active = [p.grad is not None for p in self._all]
         number = {p: k for k, p in enumerate(self._all)}
         self._order = [number[p] for p in self._params]
+        self._updates = updates
         self._states = [update.rule.states for update in updates]
         # The states of the flat layout are views of buffers that nobody else moves.
         self._moving = [*self._params, *(s for m in members for s in m.states if flat is None or m.p not in flat)]
@@ -106,8 +108,11 @@ class Binding:
         self._own_pointers = [*map(Tensor.data_ptr, self._own_here)]
         self._committed = False
 
-    def current(self, groups: Groups, state: State, updates: Sequence[Update]) -> list[Tensor] | None:
-        """The gradients, if they belong to the same parameters, and these and their states are as they were."""
+    def current(self, groups: Groups, state: State | None, updates: Sequence[Update]) -> list[Tensor] | None:
+        """The gradients, if they belong to the same parameters, and these and their states are as they were.
+
+        state: None if nobody else can have changed which tensors it holds.
+        """
         params = _parameters(groups)
         if self._sizes != [*map(len, map(_params, groups))] or not all(map(is_, params, self._all)):
             return None
@@ -116,12 +121,12 @@ class Binding:
         own = self._own is not None and all(map(is_, gradients, self._own))
         if not own and self._active != [g is not None for g in gradients]:
             return None
-        if not self._committed or self._states != [update.rule.states for update in updates]:
+        if not self._committed:
             return None
-        if len(state) != len(self._every) or not all(map(is_, state.values(), self._every)):
+        if updates is not self._updates and self._states != [update.rule.states for update in updates]:
             return None
-        values = _values(self._held)
-        if len(values) != len(self._values) or not all(map(is_, values, self._values)):
+        self._updates = updates
+        if state is not None and not self._holds(state):
             return None
         if self._counted and (self._shown.tobytes() != self._seen or self._most >= self._limit):
             return None
@@ -133,6 +138,13 @@ class Binding:
         if not self._same_layouts(*moving) and _layouts(moving) != self._layouts:
             return None
         return [gradients[k] for k in self._order]
+
+    def _holds(self, state: State) -> bool:
+        """Whether the states are the very tensors that it was shown."""
+        if len(state) != len(self._every) or not all(map(is_, state.values(), self._every)):
+            return False
+        values = _values(self._held)
+        return len(values) == len(self._values) and all(map(is_, values, self._values))
 
     def prepare(self, updates: Sequence[Update]) -> None:
         """Compile and allocate what a step needs, and send to the device what it keeps."""
@@ -151,10 +163,8 @@ class Binding:
             TypeError, ValueError, RuntimeError: a gradient does not fit. Nothing is changed then.
         """
         checked, pointers = self._checked(gradients)
-        values = []
         for side, s in zip(self._sides, self._of_sides, strict=True):
-            side.place(pointers[s])
-            values.append(side.coefficients(updates))
+            side.ready(pointers[s], updates)
         first = not self._committed
         if first:
             self.prepare(updates)
@@ -163,7 +173,7 @@ class Binding:
             try:  # nothing may fail between the step and what tells of it
                 if first:
                     self._commit(state)
-                steps = [side.step(updates, xs, scale, found) for side, xs in zip(self._sides, values, strict=True)]
+                steps = [side.step(scale, found) for side in self._sides]
                 done = all(steps)
             finally:
                 if first and not done:
@@ -180,8 +190,8 @@ class Binding:
         """torch's `step` is what the sides have counted."""
         if self._counted:
             counts = [t for side in self._sides for t in side.t]
-            for s, t in zip(self._of_parts, counts, strict=True):
-                self._shown[s] = t
+            for shown, t in zip(self._shown_parts, counts, strict=True):
+                shown.fill(t)
             self._most = max(counts, default=0)
             self._seen = self._shown.tobytes()
 

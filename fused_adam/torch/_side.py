@@ -57,7 +57,6 @@ class Side:
         self.on_device = self._runner.on_device
         if self.on_device:
             stepper.set_t(self.t[0])
-        self._next = self.t
         self._accepted: list[int] = []
         self._placed: list[Placed] = []
 
@@ -65,8 +64,11 @@ class Side:
         """Compile and allocate what a step needs, and send to the device what it keeps."""
         self._runner.prepare([updates[group] for group in self._groups])
 
-    def place(self, addresses: list[int]) -> None:
-        """Take gradients, each in the memory order of its parameter. Raises ValueError where they overlap a write."""
+    def ready(self, addresses: list[int], updates: Sequence[Update]) -> None:
+        """Take the next step's gradients, each in the memory order of its parameter, and find its coefficients.
+
+        Raises ValueError where a gradient overlaps a write, or a dtype cannot hold a coefficient.
+        """
         if addresses != self._accepted:
             places = np.array(addresses, np.int64)
             hit = self._writes.first_overlap(places, self._nbytes)
@@ -74,28 +76,24 @@ class Side:
                 raise _checks.overlap(f"the gradient of {self.members[hit].name}")
             self._placed = [Placed(places[s], self._nbytes[s]) for s in self.slices]
             self._accepted = addresses
-
-    def coefficients(self, updates: Sequence[Update]) -> list[list[float]]:
-        """Those of each part's next step. Raises ValueError where its dtype cannot hold one."""
-        found = []
-        self._next = [t + 1 for t in self.t]  # here, for once the step is done nothing may fail
-        for group, dtype, t in zip(self._groups, self._dtypes, self._next, strict=True):
+        self._next, self._updates, self._values = [], [], []
+        for group, dtype, t in zip(self._groups, self._dtypes, self.t, strict=True):
             update = updates[group]
-            values = update.at(t)
+            values = update.at(t + 1)
             _numbers.coefficients(update.rule.coefficients, values, dtype)
-            found.append(values)
-        return found
+            self._next.append(t + 1)  # here, for once the step is done nothing may fail
+            self._updates.append(update)
+            self._values.append(values)
 
-    def step(self, updates: Sequence[Update], values: list[list[float]], scale: Any, found: Any) -> bool:
-        """The next step over gradients that were placed. False if it was skipped, as far as the host knows."""
+    def step(self, scale: Any, found: Any) -> bool:
+        """The step that it is ready for. False if it was skipped, as far as the host knows."""
         options = () if self._device is None else (torch.cuda.current_stream(self._device).cuda_stream,)
-        mine = [updates[group] for group in self._groups]
         if isinstance(scale, Tensor) or isinstance(found, Tensor):
             scale, found = self._scalar(scale), self._scalar(found)
         if self.on_device:
-            self._runner.step_on_device(mine, self._placed, scale, found, *options)
+            self._runner.step_on_device(self._updates, self._placed, scale, found, *options)
             return True
-        done = self._runner.step(0, mine, values, self._placed, scale, found, options)
+        done = self._runner.step(0, self._updates, self._values, self._placed, scale, found, options)
         if done:
             self.t = self._next
         return done
