@@ -254,7 +254,10 @@ def test_states_replaced_as_a_whole() -> None:
     [
         (lambda s: s.update(exp_avg=torch.zeros(2)), r"'exp_avg' of params\[0\]\[0\] has shape \(2,\)"),
         (lambda s: s["exp_avg"].resize_(2), r"'exp_avg' of params\[0\]\[0\] has shape \(2,\)"),
-        (lambda s: s.update(exp_avg=torch.zeros(4, 3).double()), "has dtype torch.float64 but its parameter"),
+        (
+            lambda s: s.update(exp_avg=torch.zeros(4, 3).double()),
+            "has dtype torch.float64, expected",
+        ),
         (lambda s: s.update(exp_avg=s["exp_avg_sq"]), "share memory"),
         (lambda s: s.pop("exp_avg"), "has no 'exp_avg'"),
         (lambda s: s.update(step=torch.tensor(-1.0)), "'step' of .* should be a whole number of steps"),

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fused_adam._arrays import AnyArray, Array
+from fused_adam._arrays import AnyArray, Array, carrier
 from fused_adam._cuda_arrays import no_device
 from fused_adam._layout import FlatBuffer
 from fused_adam._storage import Format
@@ -166,6 +166,8 @@ Gradients = FlatBuffer | Loose
 class Placed(NamedTuple):
     """Gradients that the caller has checked, each in the memory order of its parameter, and keeps during the step.
 
+    Where parameters are kept in fewer bits, they are of the kind that the part's form says.
+
     addresses, nbytes: of each, int64.
     """
 
@@ -175,7 +177,8 @@ class Placed(NamedTuple):
     def arrays(self, part: Rows) -> list[Array]:
         """Those in host memory, 1-D."""
         each = zip(self.addresses.tolist(), self.nbytes.tolist(), strict=True)
-        return [np.frombuffer((ctypes.c_byte * n).from_address(a), part.dtype) if n else _NOTHING for a, n in each]
+        dtype = part.dtype if part.kept is None else carrier(part.kept.form.g)
+        return [np.frombuffer((ctypes.c_byte * n).from_address(a), dtype) if n else _NOTHING for a, n in each]
 
 
 _NOTHING = np.empty(0)

@@ -16,7 +16,9 @@ def gradients(part: Rows, given: Gradients | Placed) -> tuple[Kept, Sequence[Arr
     Raises TypeError or ValueError: one is wrong, or is not offered.
     """
     kept = part.kept
-    assert kept is not None and not isinstance(given, Placed)
+    assert kept is not None
+    if isinstance(given, Placed):
+        return kept, given.arrays(part)
     if isinstance(given, FlatBuffer):
         name, kinds = "the flat buffer of gradients", {kind_of(given.layout.dtype, kept.declared)}
         arrays = [carried(run, *kinds) for run in given.runs]

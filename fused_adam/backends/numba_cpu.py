@@ -330,7 +330,7 @@ class Stepper:
 
         part, column = self._parts[k], self._gradients[k]
         kept, gs = _stored.gradients(part, given)
-        if isinstance(given, FlatBuffer):
+        if isinstance(given, (FlatBuffer, Placed)):
             column[:] = given.addresses
         elif isinstance(given, Loose):
             column[:] = [*map(address, gs)]

@@ -260,7 +260,7 @@ class Stepper:
 
         kept, gs = _stored.gradients(part, given)
         flat = isinstance(given, FlatBuffer)
-        if not flat:
+        if isinstance(given, Loose):
             self._refuse_overlaps(given, gs)
         f, rows = kernel(rule)
         scratch = _scratch(2 + len(rule.states) + rows, part.dtype)

@@ -15,10 +15,12 @@ from torch._C._autograd import _profiler_enabled
 from torch.optim import optimizer as _torch
 
 from fused_adam import _base, _numbers
+from fused_adam._codegen import Rule
+from fused_adam._formats import Storage
 from fused_adam._guard import Settings, Stats
 from fused_adam._update import Update
 from fused_adam.backends import check_name
-from fused_adam.torch import _members, _tensors
+from fused_adam.torch import _kept, _members, _tensors
 from fused_adam.torch._binding import Binding
 from fused_adam.torch._flat import Flat
 from fused_adam.torch._members import Family
@@ -39,6 +41,10 @@ class Options(TypedDict, total=False):
     max_grad_norm: float | None
     zero_grads: bool
     count_unmoved: bool
+    state_dtype: str | None
+    master: str | None
+    stochastic_rounding: bool
+    seed: int
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -71,11 +77,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         zero_grads: bool = False,
         count_unmoved: bool = False,
+        state_dtype: str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         """What constructors do once torch's have: torch sets up the groups, and raises its own errors, first."""
         self._backend = check_name(backend)
         self._step_supports_amp_scaling = _numbers.flag("amp_scaling", amp_scaling)
         self._settings = Settings.checked(skip_nonfinite, max_grad_norm, zero_grads, count_unmoved)
+        self._storage = Storage.checked(master, state_dtype, stochastic_rounding, seed)
         self._options = Options(
             flat=flat,
             backend=backend,
@@ -84,6 +95,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             max_grad_norm=max_grad_norm,
             zero_grads=zero_grads,
             count_unmoved=count_unmoved,
+            state_dtype=state_dtype,
+            master=master,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
         )
         self._skipped = 0  # by bindings that are no more
         self._captured: list[Binding] = []  # bindings that are no more, but read by replays of CUDA graphs
@@ -197,7 +212,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget()
         settings = self._settings._replace(device_scalars=self._capturable)
         groups, state = self.param_groups, self._state
-        bound = Binding(groups, state, updates, self._family, self._initial, self._backend, self._flat, settings)
+        bound = Binding(
+            groups,
+            state,
+            updates,
+            self._family,
+            self._initial,
+            self._backend,
+            self._flat,
+            settings,
+            self._storage,
+        )
         return bound, bound.first_gradients()
 
     def _forget(self) -> None:
@@ -276,20 +301,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         exact = torch.get_default_dtype() == torch.float64
         step = torch.zeros((), dtype=torch.float64 if exact else torch.float32)
         for saved, group, update in zip(saved_groups, self.param_groups, self._updates(), strict=True):
-            needed = [self._family.states[s] for s in update.rule.states]
             for key, p in zip(saved["params"], group["params"], strict=True):
-                if p.requires_grad and (needed or self._family.counted):
-                    states = {called: _members.first(p, self._initial(p)) for called in needed}
+                wanted = self._wanted(p, update.rule, {})
+                if p.requires_grad and (wanted or self._family.counted):
+                    states = {called: _kept.first(called, d, p, self._initial(p)) for called, d in wanted.items()}
                     if self._family.counted:
                         yield key, {"step": step, **states}
                     else:
-                        yield key, {called: -s for called, s in states.items()}
+                        yield key, {called: s if called == _kept.MASTER else -s for called, s in states.items()}
+
+    def _wanted(self, p: Tensor, rule: Rule, held: Mapping[str, Any]) -> dict[str, torch.dtype]:
+        """The dtype of all that is kept of a parameter, by torch's names."""
+        form = _kept.form_of(self._storage, p, held, [self._family.states[s] for s in rule.states])
+        return _kept.dtypes(form, rule, self._family.states, p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict` of this class, or of torch's class of the same name.
 
-        Unlike torch, states keep their dtype: moments in float32 are not cast to that of a parameter. All tensors are
-        copied, into the memory order of their parameters.
+        Unlike torch, states keep their dtype: moments in float32 are not cast to that of a parameter. Where
+        `state_dtype` or `master` ask for another, they are converted. All tensors are copied, into the memory order of
+        their parameters.
 
         Raises:
             TypeError, ValueError: it does not fit this optimizer and its parameters. Nothing is changed then.
@@ -307,14 +338,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
         state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
         homeless = dict(state_dict["state"])
+        places = _members.canonical(self.param_groups)
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
             ids = saved["params"]
             saved.update({k: group[k] for k in group if k == "params" or k not in saved})
-            needed = [self._family.states[s] for s in self._asked(saved).rule.states]
+            rule = self._asked(saved).rule
             for key, p in zip(ids, group["params"], strict=True):
                 if key in homeless:
                     name = f'state_dict["state"][{key!r}]'
-                    loaded = self._loaded(name, homeless.pop(key), p, needed)
+                    loaded = self._loaded(name, homeless.pop(key), p, rule, places[p])
                     if self._flat is None or self._family.counted or not _is_first(loaded):
                         state[p] = loaded
         state.update(homeless)  # what belongs to no parameter stays as it is, as in torch
@@ -323,22 +355,29 @@ class FusedOptimizer(torch.optim.Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def _loaded(self, name: str, saved: Mapping[str, Any], p: Tensor, needed: list[str]) -> dict[str, Any]:
-        """A copy of one parameter's state."""
+    def _loaded(self, name: str, saved: Mapping[str, Any], p: Tensor, rule: Rule, at: int) -> dict[str, Any]:
+        """A copy of one parameter's state, as it is to be kept. at: the parameter's canonical index."""
+        t = 0
         if self._family.counted and saved:
-            for called in ("step", *needed):
+            for called in ("step", *(self._family.states[s] for s in rule.states)):
                 if called not in saved:
                     kind = type(self).__name__
                     raise ValueError(f"{name} has no {called!r}, only {[*saved]}; load a state of {kind}")
-            _tensors.steps(f'{name}["step"]', saved["step"])
+            t = _tensors.steps(f'{name}["step"]', saved["step"])
         state = {}
         for called, value in saved.items():
-            if called in self._family.states.values() and isinstance(value, Tensor):
-                _tensors.fits(f'{name}["{called}"]', value, p)
-                state[called] = _tensors.in_order_of(value, p) if _tensors.is_dense(p) else value.detach().clone()
+            if called in (*self._family.states.values(), _kept.MASTER, _kept.SCALES) and isinstance(value, Tensor):
+                _tensors.fits(f'{name}["{called}"]', value, p, _kept.shape(called, p))
+                coded = _kept.SCALES in saved
+                if coded and called != _kept.SCALES and value.stride() != p.stride():
+                    raise ValueError(f'{name}["{called}"] is not in the memory order of its parameter, as blocks are')
+                plain = coded or not _tensors.is_dense(p)
+                state[called] = value.detach().clone() if plain else _tensors.in_order_of(value, p)
             else:
                 state[called] = deepcopy(value)
-        return state
+        if p.dtype not in _tensors.KINDS or not _tensors.is_dense(p):
+            return state
+        return _kept.converted(state, self._wanted(p, rule, state), self._family.states, p, at, t)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._bound is not None:
@@ -369,5 +408,6 @@ def _number(x: Any) -> Any:
 
 def _is_first(state: Mapping[str, Any]) -> bool:
     """Whether every number is -0.0: a momentum that is zero, and not because gradients were."""
-    tensors = [torch.view_as_real(s) if s.is_complex() else s for s in state.values() if isinstance(s, Tensor)]
+    states = [s for called, s in state.items() if isinstance(s, Tensor) and called != _kept.MASTER]
+    tensors = [torch.view_as_real(s) if s.is_complex() else s for s in states]
     return not any(s.any() or not s.signbit().all() for s in tensors)

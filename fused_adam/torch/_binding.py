@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 from torch.autograd.graph import increment_version
 
+from fused_adam._formats import Storage
 from fused_adam._guard import Settings, Stats
 from fused_adam._update import Update
 from fused_adam.backends import DeferredInterrupt
@@ -33,6 +34,7 @@ class Binding:
         initial: parameter -> what its states start from.
         flat: the buffer that parameters and gradients lie in, if they do.
         settings: what happens to gradients on their way.
+        storage: how parameters of 16 bits, and states, are kept.
 
     Attributes:
         settings: as given.
@@ -51,8 +53,10 @@ class Binding:
         backend: str,
         flat: Flat | None,
         settings: Settings,
+        storage: Storage,
     ) -> None:
-        self._sides = sides(members_of(groups, state, updates, family, initial, flat), backend, settings)
+        found = members_of(groups, state, updates, family, initial, flat, storage)
+        self._sides = sides(found, backend, settings, storage)
         members = [m for side in self._sides for m in side.members]
         self._members = members
         self._params = [m.p for m in members]

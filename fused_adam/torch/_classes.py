@@ -183,7 +183,7 @@ class AdamW(_AnyAdam, torch.optim.AdamW):
 
     Args:
         params: float32, float64, complex64 or complex128 parameters in host memory or, with CuPy, on GPUs, without gaps
-            in it, or groups of them, as torch takes them.
+            in it, or groups of them, as torch takes them. In host memory also bfloat16 or float16.
         lr, betas, eps, weight_decay, amsgrad, maximize: as torch's.
         foreach, fused: taken as torch takes them, and of no effect: every step is fused.
         capturable: keep t and the learning rate on the GPU, so that a captured step is the next one at each replay; see
@@ -198,6 +198,12 @@ class AdamW(_AnyAdam, torch.optim.AdamW):
             by default, for code that clips between the two would clip scaled gradients.
         max_grad_norm, skip_nonfinite, zero_grads, count_unmoved: as those of `fused_adam.AdamW`; with `last_stats`. Of
             the parameters that have a gradient, which have to be on one device for the first two.
+        state_dtype: "float32", "bfloat16" or "int8", as of `fused_adam.AdamW`. By default that of the parameter, as in
+            torch; of float16 parameters, and where there is a master, float32. States of a loaded run stay as they are.
+        master, stochastic_rounding, seed: as of `fused_adam.AdamW`; parameters of 32 and 64 bits have no use for them,
+            and stay as they are. A master is kept in the state, as `master`, and starts from the parameter: to change
+            parameters then, change it too, or delete it. 8-bit states have `scales` beside them, two of int16 for each
+            64 elements.
 
     Raises:
         TypeError, ValueError: an argument is wrong, in torch's words where torch refuses it.

@@ -62,28 +62,24 @@ class Flat:
         """Those of the buffer, None for parameters that have none there."""
         return [self._views[p][0] if p in self._views else None for p in params]
 
-    def states(self, called: str, wanted: list[tuple[Tensor, Tensor | None, complex]]) -> list[Tensor]:
+    def states(self, called: str, wanted: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """A state of parameters, each at the place of its parameter in a buffer of the state's own.
 
         Args:
-            wanted: (parameter, its state or None, what that starts from). States that are where they should be stay;
-                if one is not, all are copied to a new buffer.
+            wanted: (parameter, its state). States that are where they should be stay; if one is not, all are copied to
+                a new buffer.
         """
         known = self._states.get(called, {})
-        if all(s is not None and known.get(p) is s for p, s, _ in wanted):
-            return [known[p] for p, _, _ in wanted]
+        if all(known.get(p) is s for p, s in wanted):
+            return [s for _, s in wanted]
         buffers: dict[tuple[int, str, str], Tensor] = {}
         made = {}
-        for p, s, start_from in wanted:
+        for p, s in wanted:
             number, start, total = self._places[p]
-            kind = (number, *_kind(p))  # of one that has another dtype by now, too
+            kind = (number, *_kind(s))
             if kind not in buffers:
-                buffers[kind] = torch.zeros(total, dtype=p.dtype, device=p.device)
-            made[p] = buffers[kind].as_strided(p.shape, p.stride(), start)
-            if s is not None:
-                made[p].copy_(s)
-            elif start_from:
-                made[p].fill_(start_from)
+                buffers[kind] = torch.zeros(total, dtype=s.dtype, device=s.device)
+            made[p] = buffers[kind].as_strided(p.shape, p.stride(), start).copy_(s)
         self._states[called] = made
         return [*made.values()]
 

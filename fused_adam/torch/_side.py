@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fused_adam import _checks, _numbers
+from fused_adam._formats import Storage, describe
 from fused_adam._guard import Settings, Stats
 from fused_adam._runner import Runner
 from fused_adam._update import Update
-from fused_adam.backends import Placed, Rows, choose, load
+from fused_adam.backends import Kept, Placed, Rows, choose, load
 from fused_adam.torch import _tensors
 from fused_adam.torch._members import Member
 
@@ -24,6 +25,7 @@ class Side:
 
     Args:
         on_device: whether t may be kept there, which is then the same for all.
+        storage: what was asked for numbers of fewer bits. With any, t is the same for all, too.
 
     Attributes:
         slices: which of its members each part is.
@@ -34,7 +36,9 @@ class Side:
         ValueError, RuntimeError: the backend cannot step over these.
     """
 
-    def __init__(self, members: Sequence[Member], backend: str, settings: Settings, on_device: bool) -> None:
+    def __init__(
+        self, members: Sequence[Member], backend: str, settings: Settings, on_device: bool, storage: Storage
+    ) -> None:
         self.members = members
         self._device = members[0].part.device
         starts = [k for k, m in enumerate(members) if k == 0 or m.part != members[k - 1].part]
@@ -46,7 +50,10 @@ class Side:
         rows = [tuple(map(_tensors.row, map(_tensors.local, (m.p, *m.states)))) for m in members]
         self._writes = _checks.Extents(a for row in rows for a in row)
         self._nbytes = np.array([row[0].nbytes for row in rows], np.int64)
-        tables = [Rows(dtype, [], rows[s], []) for dtype, s in zip(self._dtypes, self.slices, strict=True)]
+        tables = []
+        for part, s in zip(parts, self.slices, strict=True):
+            kept = None if part.form is None else Kept(part.form, storage.seed, None)
+            tables.append(Rows(part.dtype, [], rows[s], [], kept, [m.at for m in members[s]]))
         name = choose(backend, sum(row[0].size for row in rows), self._device)
         if settings.device_scalars and name != "cupy":
             raise ValueError(
@@ -93,7 +100,7 @@ class Side:
         if self.on_device:
             self._runner.step_on_device(self._updates, self._placed, scale, found, *options)
             return True
-        done = self._runner.step(0, self._updates, self._values, self._placed, scale, found, options)
+        done = self._runner.step(self._next[0], self._updates, self._values, self._placed, scale, found, options)
         if done:
             self.t = self._next
         return done
@@ -117,21 +124,25 @@ class Side:
         return self._runner.last_stats()
 
 
-def sides(members: Sequence[Member], backend: str, settings: Settings) -> list[Side]:
-    """One for each device, or for each device and t where t is kept there."""
+def sides(members: Sequence[Member], backend: str, settings: Settings, storage: Storage) -> list[Side]:
+    """One for each device, or for each device and t where t is kept there, or where random bits depend on it."""
+    for m in members:
+        if m.part.form is not None and (settings.names or m.part.device is not None):
+            what = settings.names or "a GPU"
+            raise ValueError(f"{m.name}: {what} is not offered with {describe(m.part.form)}; leave one of them out")
     on_device = settings.on_device
     if settings.wants_norm and not settings.device_scalars and not settings.counts:
         on_device = len({m.part.t for m in members}) == 1  # or one norm for several t: the host waits for it
     found: dict[Any, list[Member]] = {}
     for m in sorted(members, key=_order):
-        kept = on_device and m.part.device is not None
-        found.setdefault((m.part.device, m.part.t if kept else None), []).append(m)
+        one_t = (on_device and m.part.device is not None) or m.part.form is not None
+        found.setdefault((m.part.device, m.part.t if one_t else None), []).append(m)
     if len(found) > 1 and (settings.wants_norm or settings.counts):
         where = ", ".join(f"{_checks.place(device)}{'' if t is None else f' at step {t}'}" for device, t in found)
         raise ValueError(f"{settings.names} needs parameters in one place, at one step; these are in {where}")
-    return [Side(some, backend, settings, on_device) for some in found.values()]
+    return [Side(some, backend, settings, on_device, storage) for some in found.values()]
 
 
 def _order(m: Member) -> tuple[Any, ...]:
-    device, group, dtype, t = m.part
-    return -1 if device is None else device, t, group, dtype.char
+    device, group, dtype, t, form = m.part
+    return -1 if device is None else device, t, group, dtype.char, str(form)

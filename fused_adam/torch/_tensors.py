@@ -8,14 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_adam._arrays import AnyArray, Array, CudaArray
+from fused_adam._arrays import AnyArray, Array, CudaArray, carrier
 
-# Complex numbers are stepped as pairs of real ones, as torch does.
-DTYPES: dict[torch.dtype, np.dtype[Any]] = {
-    torch.float32: np.dtype(np.float32),
-    torch.float64: np.dtype(np.float64),
-    torch.complex64: np.dtype(np.float32),
-    torch.complex128: np.dtype(np.float64),
+# What parameters hold. Complex numbers are stepped as pairs of real ones, as torch does.
+KINDS = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.complex64: "float32",
+    torch.complex128: "float64",
+}
+# How NumPy sees what is kept.
+_CARRIERS = {dtype: carrier(kind) for dtype, kind in KINDS.items()} | {
+    torch.int8: np.dtype(np.int8),
+    torch.uint8: np.dtype(np.uint8),
+    torch.int16: np.dtype(np.uint16),
 }
 
 
@@ -36,8 +44,8 @@ def check_parameter(name: str, p: Tensor) -> None:
     """Raises RuntimeError, TypeError or ValueError for one that cannot be stepped in place."""
     p = local(p)
     _plain(name, p)
-    if p.dtype not in DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    if p.dtype not in KINDS:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in KINDS)
         raise TypeError(f"{name} has dtype {str(p.dtype).removeprefix('torch.')}; expected one of {known}")
     if not is_dense(p):
         hint = "make it so before it is a parameter, with .contiguous()"
@@ -84,18 +92,22 @@ def is_dense(t: Tensor) -> bool:
 
 def row(t: Tensor) -> AnyArray:
     """The elements of a dense tensor in memory order: a 1-D view, which keeps the memory."""
-    dtype = DTYPES[t.dtype]
+    dtype = _CARRIERS[t.dtype]
     where = device(t)
     if where is None:
-        elements: Array = t.detach().as_strided((t.numel(),), (1,)).numpy().view(dtype)
+        flat = t.detach().as_strided((t.numel(),), (1,))
+        if t.dtype == torch.bfloat16:  # which NumPy does not know
+            flat = flat.view(torch.int16)
+        elements: Array = flat.numpy().view(dtype)
         return elements
     shape = (t.nbytes // dtype.itemsize,)
     return CudaArray(t.data_ptr(), shape, dtype, "C", True, where if t.numel() else -1, None, t.untyped_storage())
 
 
-def in_order_of(t: Tensor, p: Tensor) -> Tensor:
-    """A copy of t in the shape and memory order of a dense p, with t's own dtype."""
-    copy = torch.empty_like(p, dtype=t.dtype, memory_format=torch.preserve_format, requires_grad=False)
+def in_order_of(t: Tensor, p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of t in the shape and memory order of a dense p, by default with t's own dtype."""
+    dtype = dtype or t.dtype
+    copy = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     return copy.copy_(t.detach())
 
 
@@ -128,22 +140,33 @@ def zeroable(name: str, g: Tensor) -> None:
         raise ValueError(f"{name} is expanded, which zero_grads cannot zero; pass it .contiguous()")
 
 
-def state(name: str, s: Any, p: Tensor) -> Tensor:
-    """A parameter's state in its memory order: itself, or a copy. Raises TypeError or ValueError if it does not fit."""
+def state(name: str, s: Any, p: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """What is kept of a parameter, in its memory order: itself, or a copy.
+
+    Raises RuntimeError, TypeError or ValueError if it does not fit.
+    """
     if not isinstance(s, Tensor):
         raise TypeError(f"{name} should be a tensor, got {type(s).__name__}")
-    fits(name, s, p)
+    fits(name, s, p, shape)
     _plain(name, local(s))
     _beside(name, local(s), local(p))
-    if s.dtype != p.dtype:
-        raise TypeError(f"{name} has dtype {s.dtype} but its parameter has {p.dtype}; convert the one that is wrong")
-    return s if local(s).stride() == local(p).stride() else in_order_of(s, p)
+    if s.dtype != dtype:
+        raise TypeError(
+            f"{name} has dtype {s.dtype}, expected {dtype} beside a parameter of {p.dtype}; "
+            "convert the one that is wrong, or load_state_dict what was saved"
+        )
+    if tuple(p.shape) != shape or local(s).stride() == local(p).stride():
+        return s
+    if not s.is_floating_point() and not s.is_complex():
+        raise ValueError(f"{name} is not in the memory order of its parameter, by which its blocks go; load it anew")
+    return in_order_of(s, p)
 
 
-def fits(name: str, s: Tensor, p: Tensor) -> None:
-    """Raises TypeError or ValueError unless a state has the shape of its parameter, and is spread as it is."""
-    if s.shape != p.shape:
-        raise ValueError(f"{name} has shape {tuple(s.shape)} but its parameter has {tuple(p.shape)}")
+def fits(name: str, s: Tensor, p: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises TypeError or ValueError unless a state has its shape, and is spread as its parameter is."""
+    if tuple(s.shape) != shape:
+        expected = "but its parameter has" if shape == tuple(p.shape) else "beside its parameter, expected"
+        raise ValueError(f"{name} has shape {tuple(s.shape)} {expected} {shape}")
     _both_spread(name, s, p)
     if is_spread(p) and _way(s) != _way(p):
         raise ValueError(f"{name} is spread by {_way(s)} but its parameter by {_way(p)}; .redistribute() it")

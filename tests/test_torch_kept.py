@@ -1,0 +1,325 @@
+"""`fused_adam.torch` with parameters of 16 bits, and with states of fewer bits than 32."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import same_bits
+from torch_cases import STEPS, torch
+
+import fused_adam
+import fused_adam.torch as ours
+
+SHAPES = [(3, 50), (129,), (), (2, 3, 40), (0, 2)]
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+CLASSES: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {"lr": 0.1, "momentum": 0.9}),
+    ("Adam", {"lr": 0.01, "weight_decay": 0.1}),
+    ("AdamW", {"lr": 0.01}),
+    ("Lion", {"lr": 0.01, "weight_decay": 0.1}),
+]
+OF_ADAM = CLASSES[1:3]
+ROWS = [
+    (name, kwargs, dtype, options)
+    for classes, dtype, options in [
+        (CLASSES, BF16, {}),
+        (CLASSES, BF16, {"state_dtype": "float32"}),
+        (CLASSES, BF16, {"stochastic_rounding": True, "seed": 7}),
+        (CLASSES, F16, {}),
+        (CLASSES, F32, {"state_dtype": "bfloat16"}),
+        (CLASSES, BF16, {"master": "float32"}),
+        (CLASSES, F16, {"master": "float32"}),
+        (CLASSES, BF16, {"master": "split16"}),
+        (CLASSES, BF16, {"master": "split16", "state_dtype": "bfloat16"}),
+        (OF_ADAM, F32, {"state_dtype": "int8"}),
+        (OF_ADAM, BF16, {"state_dtype": "int8"}),
+        (OF_ADAM, BF16, {"master": "split8", "state_dtype": "int8", "stochastic_rounding": True}),
+        (OF_ADAM, BF16, {"master": "split8", "state_dtype": "bfloat16"}),
+    ]
+    for name, kwargs in classes
+]
+# What is there is `Format`'s business; here it is each way that a tensor is kept, once.
+FEW = [row for row in ROWS if row[0] == "AdamW"]
+each = pytest.mark.parametrize(("name", "kwargs", "dtype", "options"), ROWS)
+few = pytest.mark.parametrize(("name", "kwargs", "dtype", "options"), FEW)
+backends = pytest.mark.parametrize("backend", ["numpy", "numba"])
+
+
+def make(dtype: Any, seed: int = 0) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def give(params: list[Any], n: int) -> None:
+    generator = torch.Generator().manual_seed(n + 1000)
+    for p in params:
+        g = torch.randn(p.shape, generator=generator).to(p.dtype)
+        if p.grad is None:
+            p.grad = g
+        else:
+            p.grad.copy_(g)
+
+
+def numbers(t: Any) -> Any:
+    """As NumPy holds them, bfloat16 as uint16, on a copy."""
+    t = t.detach().clone()
+    return (t.view(torch.int16).numpy().view(np.uint16) if t.dtype == BF16 else t.numpy()).copy()
+
+
+def run(params: list[Any], opt: Any, start: int = 0, stop: int = STEPS) -> None:
+    for n in range(start, stop):
+        give(params, n)
+        opt.step()
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return all(same_bits(numbers(p), numbers(q)) for p, q in zip(a, b, strict=True))
+
+
+def same_saved(a: Any, b: Any) -> bool:
+    found = a.state_dict()["state"], b.state_dict()["state"]
+    return found[0].keys() == found[1].keys() and all(
+        state.keys() == found[1][k].keys()
+        and all(same_bits(numbers(s), numbers(found[1][k][called])) for called, s in state.items())
+        for k, state in found[0].items()
+    )
+
+
+@backends
+@pytest.mark.parametrize("flat", [False, True])
+@each
+def test_bits_of_the_core(
+    name: str, kwargs: dict[str, Any], dtype: Any, options: dict[str, Any], flat: bool, backend: str
+) -> None:
+    """Parameters and masters as those of the class for arrays, of which other tests take all formats."""
+    params = make(dtype)
+    arrays = [numbers(p) for p in params]
+    opt = getattr(ours, name)(params, flat=flat, backend=backend, **kwargs, **options)
+    if dtype == BF16 and "state_dtype" not in options and "master" not in options:
+        options = {**options, "state_dtype": "bfloat16"}  # as torch's states
+    core = getattr(fused_adam, name)(
+        arrays, backend=backend, **kwargs, **options, **({"dtype": "bfloat16"} if dtype == BF16 else {})
+    )
+    for n in range(STEPS):
+        give(params, n)
+        opt.step()
+        core.step([numbers(p.grad) for p in params])
+    assert all(same_bits(numbers(p), a) for p, a in zip(params, arrays, strict=True))
+    for p, saved in zip(params, core.state_dict()["state"], strict=True):
+        if "master" in saved and saved["master"].size and options["master"] == "float32":
+            assert same_bits(numbers(opt.state[p]["master"]), saved["master"])
+    assert not any(p.isnan().any() for p in params)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_states_that_torch_would_have(dtype: Any) -> None:
+    """Of bfloat16 as torch's; of float16 in float32, for in float16 a v of 1e-8 is 0."""
+    params = make(dtype)
+    opt = ours.AdamW(params)
+    run(params, opt)
+    expected = F32 if dtype == F16 else dtype
+    assert {s.dtype for k, s in opt.state[params[0]].items() if k != "step"} == {expected}
+    assert {*opt.state[params[0]]} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_beside_torch() -> None:
+    """Of bfloat16 parameters and states: as near to a float64 run as torch's fused step is, or nearer."""
+    ends = []
+    for cls, options, dtype in [
+        (ours.AdamW, {}, BF16),
+        (torch.optim.AdamW, {"fused": True}, BF16),
+        (torch.optim.AdamW, {}, torch.float64),
+    ]:
+        params = [torch.nn.Parameter(p.detach().to(dtype)) for p in make(BF16)]
+        opt = cls(params, lr=0.05, **options)
+        for n in range(40):
+            for p, q in zip(params, grads := make(BF16, n + 1), strict=True):
+                p.grad = q.detach().to(dtype)
+            opt.step()
+        del grads
+        ends.append(torch.cat([p.detach().double().reshape(-1) for p in params]))
+    mine, theirs = ((end - ends[2]).norm() for end in ends[:2])
+    assert 0 < mine <= 1.02 * theirs
+
+
+@few
+@pytest.mark.parametrize("flat", [False, True])
+def test_saved_and_loaded(name: str, kwargs: dict[str, Any], dtype: Any, options: dict[str, Any], flat: bool) -> None:
+    """Through torch.save, pickle's safe subset, into the other layout; and by deepcopy: bit for bit."""
+    params, straight = make(dtype), make(dtype)
+    opt = getattr(ours, name)(params, flat=flat, **kwargs, **options)
+    other = getattr(ours, name)(straight, **kwargs, **options)
+    run(params, opt, 0, 3)
+    run(straight, other)
+    file = io.BytesIO()
+    torch.save({"params": params, "opt": opt.state_dict()}, file)
+    file.seek(0)
+    with torch.serialization.safe_globals([torch.nn.Parameter]):
+        loaded = torch.load(file, weights_only=True)
+    again = getattr(ours, name)(loaded["params"], flat=not flat, **kwargs, **options)
+    again.load_state_dict(loaded["opt"])
+    run(loaded["params"], again, 3)
+    copied = copy.deepcopy(opt)
+    mine = copied.param_groups[0]["params"]
+    run(mine, copied, 3)
+    for found, by in ((loaded["params"], again), (mine, copied)):
+        assert same(found, straight)
+        assert same_saved(by, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        ({}, {"exp_avg": BF16, "exp_avg_sq": BF16}),
+        ({"state_dtype": "float32"}, {"exp_avg": F32, "exp_avg_sq": F32}),
+        ({"master": "float32"}, {"exp_avg": F32, "exp_avg_sq": F32, "master": F32}),
+        ({"state_dtype": "int8"}, {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8, "scales": torch.int16}),
+        (
+            {"state_dtype": "int8", "master": "split8"},
+            {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8, "scales": torch.int16, "master": torch.uint8},
+        ),
+    ],
+)
+def test_torch_states_are_taken_over(options: dict[str, Any], keys: dict[str, Any]) -> None:
+    """A run of torch's fused bfloat16 step goes on; states become what was asked for."""
+    params = make(BF16)
+    theirs = torch.optim.AdamW(params, lr=0.01, fused=True)
+    run(params, theirs, 0, 3)
+    opt = ours.AdamW(params, lr=0.01, **options)
+    opt.load_state_dict(theirs.state_dict())
+    before = numbers(params[0])
+    run(params, opt, 3, 4)
+    run(params, theirs, 3, 4)  # a second step by the same gradients, from its own states
+    found = opt.state[params[0]]
+    assert {called: s.dtype for called, s in found.items() if called != "step"} == keys
+    assert float(found["step"]) == 4
+    assert not same_bits(numbers(params[0]), before)
+    if "scales" not in found:
+        tolerance = 2**-7 * float(theirs.state[params[0]]["exp_avg"].abs().max())
+        assert torch.allclose(found["exp_avg"].float(), theirs.state[params[0]]["exp_avg"].float(), atol=tolerance)
+
+
+def test_codes_become_floats_and_codes_again() -> None:
+    params = make(F32)
+    opt = ours.AdamW(params, state_dtype="int8")
+    run(params, opt)
+    saved = opt.state_dict()
+    plain = ours.AdamW(params)
+    plain.load_state_dict(saved)
+    assert {*plain.state[params[0]]} == {"step", "exp_avg", "exp_avg_sq"}
+    assert plain.state[params[0]]["exp_avg_sq"].dtype == F32
+    again = ours.AdamW(params, state_dtype="int8")
+    again.load_state_dict(plain.state_dict())
+    for key in range(len(params)):
+        ours_, theirs = again.state_dict()["state"][key], saved["state"][key]
+        same_codes = (ours_["exp_avg"].int() - theirs["exp_avg"].int()).abs() <= 1
+        assert same_codes.all(), "a code is encoded to itself or, by its dither, to the next"
+
+
+def test_norms_of_float32_among_parameters_of_16_bits() -> None:
+    """What is asked for 16 bits leaves float32 and float64 parameters as they are."""
+    wide = [torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(5, dtype=torch.float64))]
+    params = [*make(BF16), *wide]
+    opt = ours.AdamW(params, master="split16", stochastic_rounding=True, lr=0.01)
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in wide]
+    other = ours.AdamW(alone, lr=0.01)
+    for n in range(STEPS):
+        give(params, n)
+        for p, q in zip(wide, alone, strict=True):
+            q.grad = p.grad
+        opt.step()
+        other.step()
+    assert same(wide, alone)
+    assert "master" not in opt.state[wide[0]] and "master" in opt.state[params[0]]
+
+
+def test_parameters_at_different_steps() -> None:
+    """Random bits go by the parameter's own t: one that starts later is rounded as if all were at its step."""
+    options = {"stochastic_rounding": True, "state_dtype": "float32", "lr": 0.01}
+    params, late, early = make(BF16), make(BF16), make(BF16)
+    opt, other, third = (ours.AdamW(some, **options) for some in (params, late, early))
+    run(late, other, 0, 2)
+    for n in range(4):
+        for some, by in ((params, opt), (early, third)):
+            give(some, n % 2)
+            if n < 2 and some is params:
+                params[1].grad = None
+            by.step()
+    assert same_bits(numbers(params[1]), numbers(late[1]))
+    assert all(same_bits(numbers(params[k]), numbers(early[k])) for k in (0, 2, 3))
+    assert float(opt.state[params[0]]["step"]) == 4 and float(opt.state[params[1]]["step"]) == 2
+
+
+def test_a_transposed_parameter() -> None:
+    """Blocks and random bits go by memory, which a turned parameter shares with the one it was."""
+    ends = []
+    for turned in (False, True):
+        p = torch.nn.Parameter(make(BF16)[0].detach().T.contiguous().T if turned else make(BF16)[0].detach())
+        opt = ours.AdamW([p], lr=0.01)
+        run([p], opt)
+        ends.append(numbers(p))
+    assert same_bits(*ends)
+    p = torch.nn.Parameter(make(BF16)[0].detach().T.contiguous().T)
+    opt = ours.AdamW([p], lr=0.01, state_dtype="int8", master="split8")
+    run([p], opt)
+    assert opt.state[p]["exp_avg"].stride() == p.stride()
+    turned_back = opt.state_dict()
+    turned_back["state"][0]["exp_avg"] = turned_back["state"][0]["exp_avg"].contiguous()
+    with pytest.raises(ValueError, match="is not in the memory order of its parameter"):
+        opt.load_state_dict(turned_back)
+
+
+def broken(change: Any, **options: Any) -> Any:
+    """An optimizer after a step whose state was changed."""
+    params = make(BF16)
+    opt = ours.AdamW(params, **options)
+    run(params, opt, 0, 1)
+    change(opt.state[params[0]])
+    give(params, 1)
+    return opt
+
+
+def fresh(dtype: Any = BF16, **options: Any) -> Any:
+    """One before its first step."""
+    params = [torch.nn.Parameter(torch.ones(3, dtype=dtype))]
+    params[0].grad = torch.ones_like(params[0])
+    return ours.AdamW(params, **options)
+
+
+def _without(called: str) -> Any:
+    return lambda state: state.pop(called)
+
+
+def _as(called: str, dtype: Any) -> Any:
+    return lambda state: state.update({called: state[called].to(dtype)})
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("no scales", lambda: broken(_without("scales"), state_dtype="int8"), "has no 'scales'"),
+    ("codes", lambda: broken(_as("exp_avg", torch.uint8), state_dtype="int8"), "has dtype torch.uint8, expected"),
+    ("short scales", lambda: broken(lambda s: s.update(scales=s["scales"][:2].clone()), state_dtype="int8"), "shape"),
+    ("a rule", lambda: fresh(amsgrad=True), "the rule amsgradw is not offered with bfloat16"),
+    ("a master of float16", lambda: broken(_as("master", F16), master="float32"), "expected torch.float32"),
+    ("counting", lambda: fresh(count_unmoved=True), "count_unmoved is not offered with bfloat16"),
+    ("complex", lambda: fresh(torch.complex64, state_dtype="int8"), "complex parameters are not offered"),
+]
+
+
+@pytest.mark.parametrize(("name", "get", "message"), WRONG, ids=[row[0] for row in WRONG])
+def test_what_is_refused(name: str, get: Any, message: str) -> None:
+    opt = get()
+    params = opt.param_groups[0]["params"]
+    before = [numbers(p) for p in params]
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        opt.step()
+    assert all(same_bits(numbers(p), b) for p, b in zip(params, before, strict=True))
+
+
+def test_a_format_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match="master should be None or one of"):
+        ours.AdamW(make(BF16), master="split64")
