@@ -329,8 +329,12 @@ class Stepper:
         from fused_adam.backends import _stored
 
         part, column = self._parts[k], self._gradients[k]
+        self._steps[k][:] = t
+        if isinstance(given, Placed):
+            column[:] = given.addresses
+            return []
         kept, gs = _stored.gradients(part, given)
-        if isinstance(given, (FlatBuffer, Placed)):
+        if isinstance(given, FlatBuffer):
             column[:] = given.addresses
         elif isinstance(given, Loose):
             column[:] = [*map(address, gs)]
@@ -340,7 +344,6 @@ class Stepper:
         if kept.form != self._forms[k]:
             self._forms[k] = kept.form
             self._rules = []  # so that kernels are chosen again
-        self._steps[k][:] = t
         return [*gs]
 
     def step_rows(
