@@ -12,11 +12,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cli_cases import COMMAND, UNAVAILABLE, Terminal, run
 from conftest import require
 from fused_adam.bench import cases, check, machine, options, peers, race, results, timing
 from fused_adam.bench import run as bench_run
 from fused_adam.bench.problem import HYPER, Candidate, Problem, Skipped, bytes_per_parameter
-from test_cli import COMMAND, UNAVAILABLE, Terminal, run
 from test_gpu_harness_device import pretended
 
 FEW = ("--backend", "numpy", "--peers", "naive-numpy", "--quick")

@@ -1,6 +1,6 @@
 """The compiled call's checks and Python's accept exactly the same inputs (DESIGN section 7).
 
-`_numba_adam_step.adam_step` answers False where it refuses or cannot tell; `_optimizer._adam_step` then explains or
+`_numba_adam_step.adam_step` answers False where it refuses or cannot tell; `_adam_step.in_python` then explains or
 runs. Had the compiled call accepted what Python refuses, a wrong step would run; had it refused the plain inputs that
 Python accepts, every step would take the slow way. So: compiled True implies accepted, with the same bytes; refused
 implies False; and accepted implies True for what this file calls plain.
@@ -15,7 +15,7 @@ import pytest
 from conftest import require
 from watch import adam_arrays, memory, misaligned, owner
 
-from fused_adam import _numbers, _optimizer
+from fused_adam import _adam_step, _numbers
 
 require("numba")
 
@@ -40,7 +40,7 @@ SWITCHES = [True, False, 1, 0, None, np.True_, 1.0]
 
 
 def python(arrays, given):
-    _optimizer._adam_step(**arrays, **given, max_v=None, backend="numpy")
+    _adam_step.in_python(**arrays, **given, max_v=None, backend="numpy")
 
 
 def run(arrays, given):

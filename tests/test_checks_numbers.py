@@ -199,7 +199,7 @@ def test_unknown_and_missing_backends_are_refused(monkeypatch):
             if not {n: ok for n, ok, _ in fused_adam.backends()}[name]:
                 with refused(rf"backend '{name}' is not available: .*use", arrays, errors=RuntimeError):
                     call(name)
-    for module in ("fused_adam.backends", "fused_adam._optimizer"):  # the function backends() hides its module
+    for module in ("fused_adam.backends", "fused_adam._adam_step"):  # the function backends() hides its module
         monkeypatch.setattr(sys.modules[module], "OVERRIDE", "torch")
     for call in calls:
         with refused("FUSED_ADAM_BACKEND should be 'auto' or one of .*, got 'torch'", arrays):

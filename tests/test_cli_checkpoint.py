@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_cases import CLASSES, adam, params, put, stepped
+from cli_cases import COMMAND, Terminal, run, run_json
 from conftest import require, same_bits
-from test_cli import COMMAND, Terminal, run, run_json
 from watch import memory
 
 import fused_adam

@@ -14,8 +14,8 @@ import fake_cupy
 import fake_numba
 import numpy as np
 import pytest
+from cli_cases import COMMAND, run, run_json
 from conftest import require
-from test_cli import COMMAND, run, run_json
 
 import fused_adam
 from fused_adam._cuda_arrays import no_device

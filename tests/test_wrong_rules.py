@@ -22,7 +22,7 @@ from fused_adam import _codegen, _coefficients, _optimizer, _rules
 Break = Callable[[pytest.MonkeyPatch], None]
 RIGHT_ADAMW = _coefficients.adamw
 RIGHT_MOMENTUM = _coefficients.momentum
-RIGHT_ADAM_UPDATE = _optimizer._adam
+RIGHT_ADAM_UPDATE = _optimizer.adam
 
 SGD = exact.Case(fused_adam.SGD, "sgd", {"lr": 0.1})
 MOMENTUM = exact.Case(fused_adam.SGD, "momentum", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3})
@@ -92,7 +92,7 @@ def corrected_amsgrad(monkeypatch: pytest.MonkeyPatch) -> None:
         return right._replace(rule=_codegen.bind("amsgrad"), formula=wrong, names=("c1", "c2", "q", "lr", "eps"))
 
     rule("amsgrad", amsgrad_of_corrected_v)(monkeypatch)
-    monkeypatch.setattr(_optimizer, "_adam", update)
+    monkeypatch.setattr(_optimizer, "adam", update)
 
 
 # --- wrong texts ------------------------------------------------------------------------------------------------------
