@@ -52,6 +52,7 @@ class Optimizer(ABC):
         stochastic_rounding: bool = False,
         seed: int = 0,
         dtype: str | None = None,
+        canonical: Sequence[int] = (),
         **settings: Any,
     ) -> None:
         if _is_groups(params):
@@ -65,6 +66,7 @@ class Optimizer(ABC):
         else:
             groups = [{"params": params, **hyperparameters}]
         self._one_group = not _is_groups(params)
+        self._canonical = canonical
         self._names = tuple(hyperparameters)
         self.per_row_step = _numbers.flag("per_row_step", per_row_step)
         self.settings = Settings.checked(**settings)
@@ -158,7 +160,7 @@ class Optimizer(ABC):
         parts: dict[tuple[int, str], int] = {}
         self._index = [[] for _ in groups]
         first = 0  # canonical: in the order of the parameters, each from a multiple of 128 on
-        for (group, name, given), p, kind in zip(named, arrays, kinds, strict=True):
+        for number, ((group, name, given), p, kind) in enumerate(zip(named, arrays, kinds, strict=True)):
             if (group, kind) not in parts:
                 parts[group, kind] = len(self._parts)
                 params = groups[group]["params"]
@@ -173,7 +175,7 @@ class Optimizer(ABC):
             part.names.append(self._path(group) + name[len(path) :])
             part.given.append(given)
             part.parameters.append(p)
-            part.first.append(first)
+            part.first.append(self._canonical[number] if self._canonical else first)
             first += -(-p.size // BLOCK) * BLOCK
 
     def _check_format(self, part: Part, update: Update) -> None:
@@ -277,7 +279,9 @@ class Optimizer(ABC):
         mask: Any = None,
         grad_scale: Any = 1.0,
         found_inf: Any = None,
+        clipping: float | None = None,
     ) -> None:
+        """clipping: what gradients are multiplied by, where somebody else knows the norm of all."""
         if stream is not None and self._device is None:
             raise ValueError("stream is for parameters on a GPU; these are in host memory")
         masks = None if mask is None else _rows.masks_of(self, mask)
@@ -306,7 +310,7 @@ class Optimizer(ABC):
         if by_row:
             _rows.step(self, t, updates, values, gradients, masks or _rows.masks_of(self, None), options)
         else:
-            self._runner.step(t, updates, values, gradients, grad_scale, found_inf, options)
+            self._runner.step(t, updates, values, gradients, grad_scale, found_inf, options, clipping)
 
     def _check_scale(self, grad_scale: Any) -> float:
         """A number by which gradients of all dtypes can be divided."""
@@ -361,6 +365,7 @@ class Optimizer(ABC):
             "per_row_step": self.per_row_step,
             "settings": self.settings,
             "storage": self.storage,
+            "canonical": self._canonical,
             "state": self.state_dict(),
         }
 
@@ -370,6 +375,7 @@ class Optimizer(ABC):
         self.per_row_step = saved["per_row_step"]
         self.settings = saved.get("settings", Settings())
         self.storage = saved.get("storage", Storage())
+        self._canonical = saved.get("canonical", ())
         self._set_up(saved["groups"], saved["backend"])
         self.load_state_dict(saved["state"])
 

@@ -13,7 +13,10 @@ from fused_adam import _norm, _numbers
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of every optimizer class; see `SGD`."""
+    """Keyword arguments of every optimizer class; see `SGD`.
+
+    canonical: for parameters that are parts of others, as in `fused_adam.distributed`, the canonical index of each.
+    """
 
     backend: str
     per_row_step: bool
@@ -27,6 +30,7 @@ class Options(TypedDict, total=False):
     stochastic_rounding: bool
     seed: int
     dtype: str | None
+    canonical: Sequence[int]
 
 
 class Stats(NamedTuple):
@@ -104,8 +108,8 @@ class Settings(NamedTuple):
             int(control["unmoved"]) if self.counts else None,
         )
 
-    def preludes(self, unscales: bool) -> tuple[str, ...]:
-        return ("unscale",) * unscales + ("clip",) * (self.max_grad_norm is not None)
+    def preludes(self, unscales: bool, clips: bool = False) -> tuple[str, ...]:
+        return ("unscale",) * unscales + ("clip",) * (clips or self.max_grad_norm is not None)
 
 
 class Guard:
@@ -117,6 +121,7 @@ class Guard:
         found: whether somebody else has found that they are not finite.
         dtypes: of the gradients.
         coefficients: (1 / scale in each dtype, clip factor) -> those of each part.
+        factor: the clip factor, where it is known before the gradients' norm.
     """
 
     def __init__(
@@ -126,13 +131,14 @@ class Guard:
         found: bool,
         dtypes: set[np.dtype[Any]],
         coefficients: Callable[[Mapping[np.dtype[Any], float], float], list[list[float]]],
+        factor: float | None = None,
     ) -> None:
         self.settings = settings
         self.scale = scale
         self.unscaling = {dtype: _norm.unscaling(scale, dtype) for dtype in dtypes}
         self.skips = found or any(map(math.isnan, self.unscaling.values()))
         self.norm: float | None = None
-        self.factor: float | None = None
+        self.factor = factor
         self.count: Callable[[], int] = int  # of what did not move, to be asked for after the step; 0 if it is skipped
         self._coefficients = coefficients
 

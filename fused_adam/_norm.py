@@ -47,6 +47,10 @@ class Total:
         np.add.at(self.limbs, digit + 1, (low >> 32) + (high & _DIGIT))
         np.add.at(self.limbs, digit + 2, high >> 32)
 
+    def plus(self, other: Total) -> Total:
+        """Of both together."""
+        return Total(self.limbs + other.limbs, self.special + other.special, self.finite and other.finite)
+
     def norm(self) -> float:
         """The root of the sum, rounded once before it."""
         if self.special:

@@ -52,9 +52,9 @@ class Runner:
         if self.on_device:
             stepper.keep(settings)
 
-    def rules(self, updates: Sequence[Update], grad_scale: Any = 1.0) -> list[Rule]:
+    def rules(self, updates: Sequence[Update], grad_scale: Any = 1.0, clips: bool = False) -> list[Rule]:
         """Each part's, behind what its gradients pass first; on the device always the same, for replays."""
-        preludes = self.settings.preludes(self.on_device or is_scale(grad_scale))
+        preludes = self.settings.preludes(self.on_device or is_scale(grad_scale), clips)
         return [behind(u.rule, preludes, self.settings.zeroes, self.settings.counts) for u in updates]
 
     def prepare(self, updates: Sequence[Update], by_row: bool = False) -> None:
@@ -82,12 +82,16 @@ class Runner:
         grad_scale: Any = 1.0,
         found_inf: Any = None,
         options: tuple[Any, ...] = (),
+        clipping: float | None = None,
     ) -> bool:
-        """Step number t, with the updates' coefficients. options: the stream, on a GPU. False if it is skipped."""
-        if not self.guarded and found_inf is None and not is_scale(grad_scale):
+        """Step number t, with the updates' coefficients. options: the stream, on a GPU. False if it is skipped.
+
+        clipping: what the gradients are multiplied by besides, if somebody else has decided on that.
+        """
+        if not self.guarded and found_inf is None and clipping is None and not is_scale(grad_scale):
             self.stepper.step(t, [u.rule for u in updates], values, gradients, *options)
             return True
-        rules = self.rules(updates, grad_scale)
+        rules = self.rules(updates, grad_scale, clipping is not None)
 
         def coefficients(inverse: Mapping[Any, float], clipping: float) -> list[list[float]]:
             found = []
@@ -98,7 +102,7 @@ class Runner:
             return found
 
         scale, found = _numbers.grad_scale(grad_scale), _numbers.found_inf(found_inf)
-        guard = Guard(self.settings, scale, found, {*self._dtypes}, coefficients)
+        guard = Guard(self.settings, scale, found, {*self._dtypes}, coefficients, clipping)
         skipped = self._skipped + 1  # here, for once the step is done nothing may fail
         with DeferredInterrupt():  # one that came with the step would keep what it met from being known
             self.stepper.step_guarded(t, rules, gradients, guard, *options)

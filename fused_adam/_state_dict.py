@@ -13,7 +13,7 @@ from fused_adam.backends import DeferredInterrupt
 if TYPE_CHECKING:
     from fused_adam._base import Optimizer
 
-_FORMAT = 1
+FORMAT = 1
 Write = tuple[Callable[..., Any], tuple[Any, ...]]  # a call that can no longer fail
 
 
@@ -24,7 +24,7 @@ def numbers(optimizer: Optimizer) -> dict[str, Any]:
     for group, index in zip(optimizer.param_groups, optimizer._index, strict=True):
         groups.append({**optimizer._check(group), "params": list(range(number, number + len(index)))})
         number += len(index)
-    return {"format": _FORMAT, "optimizer": type(optimizer).__name__, "t": optimizer.t, "param_groups": groups}
+    return {"format": FORMAT, "optimizer": type(optimizer).__name__, "t": optimizer.t, "param_groups": groups}
 
 
 def save(optimizer: Optimizer) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def save(optimizer: Optimizer) -> dict[str, Any]:
 def load(optimizer: Optimizer, d: Mapping[str, Any]) -> None:
     """See `Optimizer.load_state_dict`. Everything is checked, and copied to the host, before anything is written."""
     _checks.same_keys("state_dict", d, ("format", "optimizer", "t", "param_groups", "state"))
-    if d["format"] != _FORMAT:
-        raise ValueError(f"state_dict has format {d['format']!r}; this version reads {_FORMAT}")
+    if d["format"] != FORMAT:
+        raise ValueError(f"state_dict has format {d['format']!r}; this version reads {FORMAT}")
     t, last = checked_numbers(optimizer, d, "state_dict")
     parts = [(optimizer._parts[k], j) for index in optimizer._index for k, j in index]
     if not isinstance(d["state"], list | tuple) or len(d["state"]) != len(parts):

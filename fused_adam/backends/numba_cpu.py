@@ -203,7 +203,7 @@ def _arrays(part: Rows, given: Gradients | Placed) -> list[Array]:
     return [_checks.gradient(*x) for x in zip(given.names, given.arrays, given.parameters, strict=True)]
 
 
-def _chunks(rows: Array) -> Array:
+def chunks(rows: Array) -> Array:
     """The number of each row's first chunk, and how many there are."""
     return np.concatenate([[0], np.cumsum(-(-rows[:, 0] // CHUNK))]).astype(np.int64)
 
@@ -223,7 +223,7 @@ class Stepper:
             if (kept := parts[k].kept) is not None:
                 addresses += [0, kept.seed, 0]
             self._rows[r, : COLUMNS + len(addresses)] = [p.size, k, *addresses]
-        self._first = _chunks(self._rows)
+        self._first = chunks(self._rows)
         self._n = int(self._rows[:, 0].sum())
         ends = np.cumsum([len(part.rows) for part in parts]).tolist()
         gradients = self._rows[:, COLUMNS + 1]
@@ -374,7 +374,7 @@ class Stepper:
         rows[:, COLUMNS + 1] = [address(g) for g in ordinary.values()]
         n = int(rows[:, 0].sum()) + moves.n
         ready(n, LOOPS)
-        arguments = (rows, _chunks(rows), self._kernels, self._coefficients, *moves.arguments(), self._t, t)
+        arguments = (rows, chunks(rows), self._kernels, self._coefficients, *moves.arguments(), self._t, t)
         launch(n, *arguments, loops=LOOPS)
 
     def _bind(self, part: Rows, column: Array, nbytes: Array, given: Loose) -> list[Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -205,6 +205,29 @@ def run(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states: S
     _execute(_calls(rule, coefficients, p, g, states), np.empty(1, np.int64), 0)
 
 
+def total_of(each: Iterable[tuple[Sequence[Array], Any]]) -> Total:
+    """The squares of gradients, each 1-D and with what it is to be multiplied by, a scalar of its dtype."""
+    total = Total()
+    rows = np.empty(CHUNK), np.empty(CHUNK // 4)
+    found: list[Array] = []  # sums of several chunks: many at once are added up twice as fast
+    with np.errstate(all="ignore"):
+        for gs, unscaling in each:
+            for g in gs:
+                for lo in range(0, g.size, CHUNK):
+                    x = g[lo : lo + CHUNK]
+                    x = x if unscaling == 1 else x * unscaling
+                    sums = block_sums(x, rows)
+                    # Of finite float32 numbers no sum overflows; of float64 it may.
+                    total.finite = total.finite and (bool(np.isfinite(sums).all()) or bool(np.isfinite(x).all()))
+                    found.append(sums.copy())
+                    if len(found) == _MANY:
+                        total.add(np.concatenate(found))
+                        found.clear()
+    if found:
+        total.add(np.concatenate(found))
+    return total
+
+
 class Stepper:
     """Steps over fixed parameters and states.
 
@@ -282,7 +305,10 @@ class Stepper:
         pairs = self._pairs(gradients)
         if guard.settings.zeroes:
             _checks.zeroable(gradients)
-        total = self._total(pairs, guard) if guard.settings.wants_norm else None
+        total = None
+        if guard.settings.wants_norm:
+            each = zip(self._parts, pairs, strict=True)
+            total = total_of((gs, part.dtype.type(guard.unscaling[part.dtype])) for part, (_, gs) in each)
         coefficients = guard.decide(total)
         calls: list[_Call] = []
         if coefficients is None:
@@ -307,28 +333,6 @@ class Stepper:
         if isinstance(given, FlatBuffer):
             return part.runs, given.runs
         return part.rows, given.arrays(part) if isinstance(given, Placed) else self._checked(given)
-
-    def _total(self, pairs: Sequence[tuple[Any, Sequence[Array]]], guard: Guard) -> Total:
-        total = Total()
-        rows = np.empty(CHUNK), np.empty(CHUNK // 4)
-        found: list[Array] = []  # sums of several chunks: many at once are added up twice as fast
-        with np.errstate(all="ignore"):
-            for part, (_, gs) in zip(self._parts, pairs, strict=True):
-                unscaling = part.dtype.type(guard.unscaling[part.dtype])
-                for g in gs:
-                    for lo in range(0, g.size, CHUNK):
-                        x = g[lo : lo + CHUNK]
-                        x = x if unscaling == 1 else x * unscaling
-                        sums = block_sums(x, rows)
-                        # Of finite float32 numbers no sum overflows; of float64 it may.
-                        total.finite = total.finite and (bool(np.isfinite(sums).all()) or bool(np.isfinite(x).all()))
-                        found.append(sums.copy())
-                        if len(found) == _MANY:
-                            total.add(np.concatenate(found))
-                            found.clear()
-        if found:
-            total.add(np.concatenate(found))
-        return total
 
     def step_rows(
         self,

@@ -62,10 +62,15 @@ def save(
     kept = plain("extra", _mapping(extra))
     described, located = of_optimizer(optimizer)
     if not params:
-        described = [replace(p, arrays={n: a for n, a in p.arrays.items() if n != PARAMETER}) for p in described]
+        described = [without(p) for p in described]
     numbers = _state_dict.numbers(optimizer)
     contents = Contents(numbers["optimizer"], numbers["t"], numbers["param_groups"], described, kept)
     return write_all(path, contents, located, keep_last, progress)
+
+
+def without(parameter: Parameter) -> Parameter:
+    """Its states only."""
+    return replace(parameter, arrays={name: a for name, a in parameter.arrays.items() if name != PARAMETER})
 
 
 def write_all(
@@ -79,7 +84,7 @@ def write_all(
     pieces = [Piece(n, name, 0, spec.size, spec, located[n, name]) for n, name, spec in contents.arrays()]
     total = sum(piece.spec.nbytes for piece in pieces)
     with NewSave(path) as new:
-        shard = write_shard(new.folder, 0, pieces, _Counter(progress, total))
+        shard = write_shard(new.folder, 0, pieces, Counter(progress, total))
         return finish(new, contents, [shard], keep_last)
 
 
@@ -119,14 +124,8 @@ def load(path: str | os.PathLike[str], optimizer: Optimizer, *, progress: Progre
     with Saved(path) as saved:
         contents = saved.contents
         ours, located = of_optimizer(optimizer)
-        _same_parameters(saved, ours)
-        numbers = {"optimizer": contents.optimizer, "t": contents.t, "param_groups": contents.param_groups}
-        try:
-            t, writes = _state_dict.checked_numbers(optimizer, numbers, saved.name)
-        except TypeError as error:
-            raise CheckpointError(f"{saved.name} is damaged: {error}") from None
-        _same_arrays(saved, ours)
-        report = _Counter(progress, 2 * saved.size)
+        t, writes = checked(saved, optimizer, ours)
+        report = Counter(progress, 2 * saved.size)
         for damage in saved.damage(report):
             raise CheckpointError(damage)
         every = {(number, name): [(0, spec.size)] for number, name, spec in contents.arrays()}
@@ -155,7 +154,7 @@ def verify(path: str | os.PathLike[str], *, progress: Progress | None = None) ->
         block of all damage. OSError: it cannot be read.
     """
     with Saved(path) as saved:
-        if found := list(saved.damage(_Counter(progress, saved.size))):
+        if found := list(saved.damage(Counter(progress, saved.size))):
             raise CheckpointError("\n".join(found))
 
 
@@ -164,7 +163,7 @@ def verify(path: str | os.PathLike[str], *, progress: Progress | None = None) ->
 
 def _check(optimizer: Any) -> None:
     if not isinstance(optimizer, Optimizer):
-        fix = "those of fused_adam.torch and fused_adam.tf are saved by torch.save and pickle"
+        fix = "those of fused_adam.torch and fused_adam.tf are saved by torch.save and pickle, a Sharded by its save"
         raise TypeError(f"optimizer should be one of fused_adam's, got {_checks.kind(optimizer)}; {fix}")
 
 
@@ -172,6 +171,22 @@ def _mapping(extra: Any) -> Mapping[str, Any]:
     if extra is not None and not isinstance(extra, Mapping):
         raise TypeError(f"extra should be a dict, got {_checks.kind(extra)}")
     return extra or {}
+
+
+def checked(saved: Saved, optimizer: Optimizer, ours: Sequence[Parameter]) -> tuple[int, list[_state_dict.Write]]:
+    """t, and what writes it and the hyperparameters. ours: the optimizer's parameters.
+
+    Raises ValueError if the checkpoint is not of the optimizer's class, or not of these.
+    """
+    contents = saved.contents
+    _same_parameters(saved, ours)
+    numbers = {"optimizer": contents.optimizer, "t": contents.t, "param_groups": contents.param_groups}
+    try:
+        t, writes = _state_dict.checked_numbers(optimizer, numbers, saved.name)
+    except TypeError as error:
+        raise CheckpointError(f"{saved.name} is damaged: {error}") from None
+    _same_arrays(saved, ours)
+    return t, writes
 
 
 def _same_parameters(saved: Saved, ours: Sequence[Parameter]) -> None:
@@ -205,7 +220,7 @@ def _copy(arrays: Iterable[tuple[int, str, int, Array]], located: Located, repor
         last.flush()
 
 
-class _Counter:
+class Counter:
     """Adds up what is reported to it for a progress function, which may raise.
 
     failure: where to put what it raises, and be silent from then on, instead of letting it pass.

@@ -48,7 +48,7 @@ class NewSave:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.folder = self.path / _NEW
+        self.folder = self.folder_of(path)
         _make_durable(self.path)
         self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -63,6 +63,11 @@ class NewSave:
         except BaseException:
             os.close(self._lock)
             raise
+
+    @staticmethod
+    def folder_of(path: str | os.PathLike[str]) -> Path:
+        """Where the shards of a save to `path` are written."""
+        return Path(path) / _NEW
 
     def publish(self, manifest: bytes, keep_last: int | None) -> Path:
         """Make a checkpoint of it, and remove all but the last `keep_last`; returns its folder."""

@@ -36,8 +36,12 @@ class Spec:
         return prod(self.shape)
 
     @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
     def nbytes(self) -> int:
-        return self.size * DTYPES[self.dtype].itemsize
+        return self.size * self.itemsize
 
 
 @dataclass(frozen=True)

@@ -68,22 +68,22 @@ def emit_json(document: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[int, Any], None]]:
+def progress(total: int, shown: bool = True) -> Iterator[Callable[[int, Any], None]]:
     """Yields update(step, loss), which shows the loss and the steps per second ten times a second on a terminal.
 
     Only then is the loss read: on a GPU that waits for it.
     """
-    if not sys.stderr.isatty():
+    if not shown or not sys.stderr.isatty():
         yield lambda step, loss: None
         return
     show, close = (_rich_bar if _use_rich(sys.stderr) else _plain_bar)(total)
-    start = shown = time.perf_counter()
+    start = last = time.perf_counter()
 
     def update(step: int, loss: Any) -> None:
-        nonlocal shown
+        nonlocal last
         now = time.perf_counter()
-        if now - shown > 0.1 or step == total:
-            shown = now
+        if now - last > 0.1 or step == total:
+            last = now
             show(step, f"loss {float(loss):.6f}, {step / (now - start):,.0f} steps/s")
 
     try:

@@ -9,8 +9,9 @@ from fused_adam import FlatBuffer
 from fused_adam.cli.tasks import RULES
 from fused_adam.tf import AdamOptimizer
 
-# Writes the gradients of one batch into a flat buffer; returns the loss.
-Backward = Callable[[Any], Any]
+# Writes the gradients of some samples, by their rows, into a flat buffer; returns the loss.
+Backward = Callable[[Any, Any], Any]
+Note = Callable[[Any], object]
 
 
 class Style(Protocol):
@@ -18,10 +19,8 @@ class Style(Protocol):
 
     backend: str
 
-    def __init__(self, rule: str, params: FlatBuffer, lr: float, backend: str) -> None: ...
-
-    def step(self, backward: Backward, lr: float) -> Any:
-        """Returns the loss of before the step."""
+    def step(self, backward: Backward, rows: Any, lr: float, note: Note) -> Any:
+        """Returns the loss of before the step, of which it makes a note before that."""
 
 
 class Flat:
@@ -31,8 +30,9 @@ class Flat:
         self._optimizer.prepare()
         self.backend: str = self._optimizer.backend
 
-    def step(self, backward: Backward, lr: float) -> Any:
-        loss = backward(self._grads)
+    def step(self, backward: Backward, rows: Any, lr: float, note: Note) -> Any:
+        loss = backward(rows, self._grads)
+        note(loss)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step(self._grads)
@@ -49,11 +49,14 @@ class TensorFlow:
         self._optimizer.prepare(self._variables)
         self.backend = self._optimizer.backend
 
-    def step(self, backward: Backward, lr: float) -> Any:
+    def step(self, backward: Backward, rows: Any, lr: float, note: Note) -> Any:
+        def loss_and_gradients() -> tuple[Any, list[Any]]:
+            loss = backward(rows, self._grads)
+            note(loss)
+            return loss, list(self._grads.tree.values())
+
         self._optimizer.learning_rate = lr
-        return self._optimizer.minimize(
-            lambda: (backward(self._grads), list(self._grads.tree.values())), self._variables
-        )
+        return self._optimizer.minimize(loss_and_gradients, self._variables)
 
 
-STYLES: dict[str, type[Style]] = {"flat": Flat, "tf": TensorFlow}
+STYLES: dict[str, Callable[[str, FlatBuffer, float, str], Style]] = {"flat": Flat, "tf": TensorFlow}

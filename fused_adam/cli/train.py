@@ -12,15 +12,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 import fused_adam
-from fused_adam.cli import console, gpu, info, network, plot, styles
+from fused_adam.cli import console, gpu, info, network, plot, ranks, styles
 from fused_adam.cli.exit_codes import CommandError, Exit
 from fused_adam.cli.tasks import RULES, TASKS, Data, Task
+from fused_adam.distributed import Collective
 
 REPORTS = 10  # rows in the printed table
 UNREAD = 100  # losses that stay on the device before they are read at once: reading waits for all work
@@ -53,6 +53,7 @@ class Run:
     points: list[Point] = field(default_factory=list)
     seconds: float = 0.0
     interrupted: bool = False
+    ranks: int = 1
 
     @property
     def diverged(self) -> bool:
@@ -72,6 +73,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=gpu.DEVICES, default="cpu", help="cuda: all arrays are CuPy's, on a GPU")
     parser.add_argument("--backend", choices=info.BACKENDS, default="auto", help="of the step, the fastest by default")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--distributed", action="store_true", help="on all processes that torchrun started")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the loss into this file")
     parser.add_argument("--json", action="store_true", help="print one JSON document, with the loss of every step")
 
@@ -90,7 +92,22 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--style tf is Adam's; use --rule adam, or leave out --style for {args.rule}", Exit.USAGE)
     if args.plot:
         plot.check(args.plot)  # before the training, not after it
-    result = train(
+    if not args.distributed:
+        return _report(args, _train(args))
+    if args.style != "flat" or args.device != "cpu":
+        raise CommandError("--distributed is for the CPU and --style flat; leave out --style and --device", Exit.USAGE)
+    collective = ranks.join()
+    try:
+        result = _train(args, collective)
+        return _report(args, result) if collective.rank == 0 else Exit.OK
+    except ConnectionError as error:
+        raise CommandError(str(error), Exit.FAILED) from None
+    finally:
+        ranks.leave(collective)
+
+
+def _train(args: argparse.Namespace, collective: Collective | None = None) -> Run:
+    return train(
         TASKS[args.task],
         rule=args.rule,
         style=args.style,
@@ -102,14 +119,19 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         backend=args.backend,
         seed=args.seed,
+        collective=collective,
     )
+
+
+def _report(args: argparse.Namespace, result: Run) -> int:
+    """Print a training; returns the exit status."""
     print_json(result) if args.json else print_table(result)
     if args.plot and result.points:
         plot.png(args.plot, [result])
     steps = len(result.losses)
     print(
         f"{steps:,} steps in {result.seconds:.2f} s ({steps / max(result.seconds, 1e-9):,.0f} steps/s), "
-        f"backend {result.backend}",
+        f"backend {result.backend}{f', {result.ranks} ranks' if result.ranks > 1 else ''}",
         file=sys.stderr,
     )
     if result.interrupted:
@@ -133,8 +155,12 @@ def train(
     device: str = "cpu",
     backend: str = "auto",
     seed: int = 0,
+    collective: Collective | None = None,
 ) -> Run:
-    """Train until done, until Ctrl-C or until the loss is not finite; None stands for the task's default."""
+    """Train until done, until Ctrl-C or until the loss is not finite; None stands for the task's default.
+
+    collective: this rank, if there are others that train the same.
+    """
     xp = gpu.arrays(device, backend)
     rng = np.random.default_rng(seed)
     loaded = task.load(rng)
@@ -144,28 +170,33 @@ def train(
     try:
         data = Data(*(xp.asarray(a.astype(dtype)) for a in (loaded.x, loaded.y, loaded.x_test, loaded.y_test)))
         params = fused_adam.flatten({name: xp.asarray(a) for name, a in initial.items()})
-        stepper = styles.STYLES[style](rule, params, lr, backend)
+        stepper: styles.Style
+        if collective is None:
+            stepper = styles.STYLES[style](rule, params, lr, backend)
+        else:
+            stepper = ranks.Ranks(rule, params, lr, backend, len(data.x), collective)
     except RuntimeError as error:
         raise CommandError(str(error), Exit.UNAVAILABLE) from None
     except ValueError as error:
         raise CommandError(str(error), Exit.USAGE) from None
+    shown = collective is None or collective.rank == 0
 
     samples = len(data.x)
     batch = min(batch or task.batch or samples, samples)
     steps = steps or (epochs or task.epochs) * -(-samples // batch)
     result = Run(task, rule, lr, batch, dtype, seed, style, device, stepper.backend, steps)
+    result.ranks = 1 if collective is None else collective.size
     every = max(steps // REPORTS, 1)
     unread: list[Any] = []
 
     def backward(rows: Any, grads: Any) -> Any:
-        unread.append(network.backward(params, grads, data.x[rows], data.y[rows], task.loss))
-        return unread[-1]
+        return network.backward(params, grads, data.x[rows], data.y[rows], task.loss)
 
     start = time.perf_counter()
     try:
-        with console.progress(steps) as show, np.errstate(all="ignore"):  # a loss that overflows is reported below
+        with console.progress(steps, shown) as show, np.errstate(all="ignore"):  # a loss of inf is reported below
             for step, rows in zip(range(1, steps + 1), _batches(xp, rng, samples, batch), strict=False):
-                loss = stepper.step(partial(backward, rows), lr * (1 - (step - 1) / steps))
+                loss = stepper.step(backward, rows, lr * (1 - (step - 1) / steps), unread.append)
                 show(step, loss)
                 report = step % every == 0 or step == steps
                 if report or len(unread) == UNREAD:

@@ -1,0 +1,484 @@
+"""Sharded steps on threads: the same bits on any number of ranks, and as without any."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import assert_same_bits, require, same_bits
+from distributed_cases import FORMATS, MICRO_BATCHES, digest, gradients, hashed, make, numbers, trained
+
+import fused_adam
+from fused_adam._norm import Total
+from fused_adam.distributed import Alone, Sharded, Threads
+from fused_adam.distributed._plan import Plan
+from fused_adam.distributed._total import of_all
+
+RANKS = (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_invariant_has_one_hash(form, backend):
+    """Of p, m and v after 20 steps with a clip; also in other buckets, and with flat parameters."""
+    found = {n: {*Threads.run(n, lambda c: hashed(c, form, "invariant", backend=backend))} for n in RANKS}
+    assert len(set.union(*found.values())) == 1, found
+    for more in ({"bucket_elements": 128}, {"bucket_elements": 2**20}, {"flat": True}):
+        assert {*Threads.run(4, lambda c, more=more: hashed(c, form, "invariant", backend=backend, **more))} == found[1]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_backends_agree(form):
+    require("numba")
+    assert len({*Threads.run(4, lambda c: hashed(c, form, "invariant", backend=["numpy", "numba"][c.rank % 2]))}) == 1
+
+
+def tree(rows: list[np.ndarray]) -> np.ndarray:
+    while len(rows) > 1:
+        rows = [np.asarray(rows[k] + rows[k + 1]) for k in range(0, len(rows), 2)]
+    return rows[0]
+
+
+def series(rows: list[np.ndarray]) -> np.ndarray:
+    total = rows[0]
+    for row in rows[1:]:
+        total = np.asarray(total + row)
+    return total
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("mode", "ranks", "summands", "add"),
+    [("invariant", 4, MICRO_BATCHES, tree), ("invariant", 1, MICRO_BATCHES, tree), ("ordered", 3, 3, series)],
+    ids=["invariant-4", "invariant-1", "ordered-3"],
+)
+def test_as_one_optimizer_over_the_summed_gradients(mode, ranks, summands, add, kind):
+    """p, all states, t and what `last_stats` says are those of the same class without ranks."""
+    p = numbers(kind, 0)
+    hyper = {"lr": 1e-2, "amsgrad": True, "max_grad_norm": 20.0, "skip_nonfinite": True}
+    opt = fused_adam.AdamW(p, **hyper)
+    for step in range(4):
+        each = [numbers(kind, 1, step, k) for k in range(summands)]
+        opt.step({name: add([g[name] for g in each]) for name in p}, grad_scale=float(summands))
+
+    def run(collective: Any) -> Any:
+        params, sharded = make(collective, kind, mode, **hyper)
+        for step in range(4):
+            sharded.step(gradients(sharded, step, kind))
+        return params, sharded.state_dict(), sharded.last_stats()
+
+    expected = opt.state_dict()
+    for params, d, stats in Threads.run(ranks, run):
+        assert_same_bits(p, p.values(), params.values())
+        assert {**d, "state": 0} == {**expected, "state": 0}
+        for mine, theirs in zip(d["state"], expected["state"], strict=True):
+            assert_same_bits(theirs, mine.values(), theirs.values())
+        assert stats == opt.last_stats() and stats.clip_factor < 1
+
+
+def test_a_sum_instead_of_the_average():
+    p = numbers("float32", 0)
+    opt = fused_adam.SGD(p, lr=0.1)
+    opt.step({name: series([numbers("float32", 1, 0, k)[name] for k in range(3)]) for name in p})
+
+    def run(collective: Any) -> Any:
+        params, sharded = make(collective, rule=fused_adam.SGD, lr=0.1, average=False, max_grad_norm=None)
+        sharded.step(gradients(sharded, 0))
+        return params
+
+    for params in Threads.run(3, run):
+        assert_same_bits(p, p.values(), params.values())
+
+
+def test_fast_is_within_rounding():
+    def run(mode: str) -> np.ndarray:
+        found = Threads.run(5, lambda c: trained(c, "float32", mode)[0])
+        for params in found[1:]:
+            assert_same_bits(params, params.values(), found[0].values())
+        return np.concatenate([p.ravel() for p in found[0].values()])
+
+    ordered, fast = run("ordered"), run("fast")
+    assert not same_bits(ordered, fast)
+    assert np.abs(ordered - fast).max() < 1e-6 * np.abs(ordered).max()
+
+
+def test_gradients_of_32_bits_for_parameters_of_16():
+    """They are added as they are, and rounded at most once."""
+
+    def run(collective: Any) -> str:
+        params, opt = make(collective, "bfloat16", "invariant")
+        for step in range(3):
+            opt.step(gradients(opt, step, "float32"))
+        return digest(opt, params)
+
+    assert len({*Threads.run(2, run), *Threads.run(8, run)}) == 1
+
+
+def test_groups_and_their_hyperparameters():
+    """Each group has its own; they are changed between steps as in torch."""
+
+    def groups(p: Any) -> Any:
+        return [{"params": [p["W"], p["b"]], "lr": 0.1}, {"params": {"V": p["V"]}, "weight_decay": 0.5}]
+
+    p = numbers("float32", 0)
+    g = numbers("float32", 1, 0, 0)
+    plain = fused_adam.AdamW(groups(p), lr=0.2)
+
+    def run(collective: Any) -> Any:
+        mine = numbers("float32", 0)
+        opt = Sharded(fused_adam.AdamW, groups(mine), collective, lr=0.2, bucket_elements=1024, average=False)
+        for lr in (0.3, 0.4):
+            opt.param_groups[1]["lr"] = lr
+            opt.set_lr(lr / 2, 0)
+            zero = {name: np.zeros_like(a) for name, a in g.items()}
+            given = g if collective.rank == 0 else zero
+            opt.step([[given["W"], given["b"]], {"V": given["V"]}])
+        return mine, opt.state_dict()
+
+    for lr in (0.3, 0.4):
+        plain.param_groups[1]["lr"] = lr
+        plain.set_lr(lr / 2, 0)
+        plain.step([[g["W"], g["b"]], {"V": g["V"]}])
+    for mine, d in Threads.run(3, run):
+        assert_same_bits(p, mine.values(), p.values())
+        assert d["param_groups"] == plain.state_dict()["param_groups"]
+
+
+@fused_adam.rule
+def signum(p, g, m, c, lr):
+    m = (m - c * m) + c * g
+    p = p - lr * sign(m)  # noqa: F821
+    return p, m
+
+
+@pytest.mark.parametrize(
+    ("rule", "hyper"),
+    [
+        (fused_adam.SGD, {"momentum": 0.9, "nesterov": True}),
+        (fused_adam.Adagrad, {"initial_accumulator_value": 0.5}),
+        (fused_adam.RMSprop, {"momentum": 0.9, "centered": True}),
+        (fused_adam.Lion, {"weight_decay": 0.1, "maximize": True}),
+        (signum, {"c": 0.1}),
+    ],
+    ids=["SGD", "Adagrad", "RMSprop", "Lion", "own"],
+)
+def test_every_class(rule, hyper):
+    """Loose parameters and gradients of one rank, against the class itself."""
+    p = numbers("float32", 0)
+    opt = rule(p, lr=0.01, **hyper)
+    for step in range(3):
+        opt.step(numbers("float32", 1, step, 0))
+
+    def run(collective: Any) -> Any:
+        params, sharded = make(collective, rule=rule, lr=0.01, average=False, max_grad_norm=None, **hyper)
+        for step in range(3):
+            g = gradients(sharded, step)
+            sharded.step(g if collective.rank == 0 else {name: np.zeros_like(a) for name, a in g.items()})
+        return digest(sharded, params)
+
+    assert {*Threads.run(3, run)} == {digest(opt, p)}
+
+
+@pytest.mark.parametrize("mode", ["fast", "ordered", "invariant"])
+@pytest.mark.parametrize("more", [{}, {"master": "float32"}, {"stochastic_rounding": True}], ids=str)
+def test_float16(mode, more):
+    """Sums that float16 does not hold are divided before they are rounded to it."""
+
+    def run(collective: Any) -> Any:
+        p = [np.ones(300, np.float16)]
+        micro = {"micro_batches": 4} if mode == "invariant" else {}
+        opt = Sharded(fused_adam.AdamW, p, collective, mode=mode, lr=0.5, bucket_elements=256, **more, **micro)
+        g = [np.full(300, 60000, np.float16)]
+        opt.step([g] * (4 // collective.size) if mode == "invariant" else g)
+        return p[0].tolist()
+
+    for ranks in (1, 2, 4):
+        for found in Threads.run(ranks, run):
+            assert found == pytest.approx([0.495] * 300, abs=2**-11)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_bfloat16_of_ml_dtypes(flat):
+    """The same bits as uint16 that is said to hold it."""
+    bfloat16 = np.dtype(require("ml_dtypes").bfloat16)
+
+    def run(collective: Any, as_bfloat16: bool) -> Any:
+        p, g = (np.array(x, np.float32).astype(bfloat16) for x in ([1.5, -2.25, 3] * 100, [0.5, 1, -2] * 100))
+        more = {} if as_bfloat16 else {"dtype": "bfloat16"}
+        kind = bfloat16 if as_bfloat16 else np.uint16
+        params: Any = [p.view(kind)]
+        if flat:
+            params = fused_adam.flatten([p.astype(np.float32)], bfloat16 if as_bfloat16 else "bfloat16")
+        given = g.view(kind)
+        opt = Sharded(fused_adam.AdamW, params, collective, lr=0.1, bucket_elements=256, **more)
+        for _ in range(2):
+            opt.step([given])
+        return np.asarray(params[0]).view(np.uint16).tolist()
+
+    found = Threads.run(2, lambda c: run(c, True))
+    assert found[0] == found[1] == Threads.run(1, lambda c: run(c, False))[0]
+    assert found[0][0] != np.float32(1.5).view(np.uint32) >> 16
+
+
+# --- what skips, and who owns nothing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("where", "found_inf", "skips"),
+    [((2, "V", 2499), None, True), ((0, "s", ()), None, True), (None, 1.0, True), (None, 0.0, False)],
+    ids=["last", "scalar", "found_inf", "nothing"],
+)
+def test_any_rank_skips_for_all(where, found_inf, skips):
+    def run(collective: Any) -> Any:
+        params, opt = make(collective, skip_nonfinite=True, max_grad_norm=None)
+        opt.step(gradients(opt, 0))
+        before = digest(opt, params)
+        g = gradients(opt, 1)
+        if where and collective.rank == where[0]:
+            g[where[1]][where[2]] = np.inf
+        opt.step(g, found_inf=found_inf if collective.rank == 1 else None)
+        return digest(opt, params) == before, opt.t, opt.last_stats().skipped
+
+    assert Threads.run(3, run) == [(skips, 1 if skips else 2, int(skips))] * 3
+
+
+def test_ranks_that_own_nothing_step_as_the_others():
+    def run(collective: Any) -> Any:
+        p = np.ones(10, np.float32)
+        opt = Sharded(fused_adam.AdamW, [p], collective, lr=0.1)
+        for _ in range(3):
+            opt.step([np.full(10, 1.0 + collective.rank, np.float32)])
+        return p, opt.t, opt.state_dict()["t"]
+
+    p = np.ones(10, np.float32)
+    plain = fused_adam.AdamW([p], lr=0.1)
+    for _ in range(3):
+        plain.step([np.full(10, 10.0, np.float32)], grad_scale=4.0)
+    for mine, *ts in Threads.run(4, run):
+        assert same_bits(mine, p) and ts == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("limbs", "special", "finite", "norm"),
+    [
+        ([2**61] * 2, 0.0, True, np.sqrt(4.0 * 2.0**61 * (2.0**32 + 1) * 2.0**-1074)),
+        ([0, 1], np.inf, True, np.inf),
+        ([0, 1], np.nan, False, np.nan),
+        ([5], 0.0, False, np.sqrt(20 * 2.0**-1074)),
+    ],
+    ids=["carries", "inf", "nan", "not finite"],
+)
+def test_totals_of_all_ranks(limbs, special, finite, norm):
+    """Digits have no room for the carries of many ranks unless these are made first."""
+
+    def run(c: Any) -> Any:
+        mine = Total()
+        mine.limbs[: len(limbs)] = limbs
+        if c.rank == 3:
+            mine.special, mine.finite = special, finite
+        total = of_all(c, mine)
+        assert total.limbs.max() < 2**40
+        return total.norm(), total.finite
+
+    for found in Threads.run(4, run):
+        np.testing.assert_equal(found, (norm, finite))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 40])
+@pytest.mark.parametrize("sizes", [(1500, 7, 0, 1, 2500), (128,), (0,), (1, 1, 1), (5000, 0)])
+@pytest.mark.parametrize("bucket", [128, 1024, 2**20])
+def test_each_element_has_one_owner(sizes, ranks, bucket):
+    plan = Plan(sizes, bucket, ranks)
+    seen = [np.zeros(size, int) for size in sizes]
+    for k in range(plan.buckets):
+        assert plan.each(k) % 128 == 0
+        for rank in range(ranks):
+            lo, hi = plan.owned(k, rank)
+            assert hi - lo <= plan.each(k) and (lo % 128, hi % 128) == (0, 0)
+            for piece in plan.pieces(lo, hi):
+                assert piece.first % 128 == 0 and piece.start % 128 == 0
+                seen[piece.number][piece.start : piece.stop] += 1
+    assert all((counts == 1).all() for counts in seen)
+
+
+# --- what overlaps, and what waits ------------------------------------------------------------------------------------
+
+
+class Late:
+    """A rank whose work is done when it is waited for, and that keeps a diary."""
+
+    def __init__(self, inner: Any) -> None:
+        self.rank, self.size, self.diary = inner.rank, inner.size, []
+        self._inner = inner
+        self._counts = {"all_to_all": 0, "all_gather": 0}
+
+    def _later(self, name: str, out: np.ndarray, x: np.ndarray) -> Any:
+        x, k = x.copy(), self._counts[name]
+        self._counts[name] += 1
+        self.diary.append(f"start {name} {k}")
+
+        class Work:
+            def wait(work) -> None:
+                self.diary.append(f"wait {name} {k}")
+                getattr(self._inner, name)(out, x)
+
+        return Work()
+
+    def all_to_all(self, out: np.ndarray, x: np.ndarray) -> Any:
+        return self._later("all_to_all", out, x)
+
+    def all_gather(self, out: np.ndarray, x: np.ndarray) -> Any:
+        # what ranks agree on is bytes
+        return self._inner.all_gather(out, x) if x.dtype == np.uint8 else self._later("all_gather", out, x)
+
+    def all_reduce(self, x: np.ndarray) -> Any:
+        return self._inner.all_reduce(x)
+
+    reduce_scatter = all_to_all
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_buckets_overlap_and_parameters_are_waited_for_by_use(flat):
+    """While a bucket is stepped, the next one's gradients and the last one's parameters are under way."""
+
+    def run(collective: Any) -> Any:
+        p = [np.ones(4096, np.float32)] if flat else [np.ones(1000, np.float32) for _ in range(4)]
+        late = Late(collective)
+        opt = Sharded(fused_adam.SGD, p, late, lr=1.0, bucket_elements=1024)
+        for k, shard in opt._pipeline.shards.items():
+            shard.step = lambda *_, k=k, step=shard.step: (late.diary.append(f"step {k}"), step(*_))
+        g = [np.ones_like(a) for a in p]
+        opt.step(g, wait=False)
+        own = sum((a == 0).sum() for a in p)
+        seen = all((a == 0).all() for a in opt.params)
+        opt.step(g, wait=False)
+        opt.wait()
+        return own, seen, all((a == -1).all() for a in p), late.diary
+
+    for own, seen, last, diary in Threads.run(2, run):
+        # of a flat buffer this rank has what it has stepped, and nothing that others have
+        assert own == 2048 if flat else 2000 < own < 4000
+        assert seen and last
+        at = {what: k for k, what in reversed([*enumerate(diary)])}
+        for k in range(3):
+            assert at[f"start all_to_all {k + 1}"] < at[f"wait all_to_all {k}"] < at[f"step {k}"]
+            assert at[f"start all_gather {k}"] < at[f"step {k + 1}"] < at[f"wait all_gather {k}"]
+        if not flat:  # two copies serve all buckets
+            assert all(at[f"wait all_gather {k}"] < at[f"start all_gather {k + 2}"] for k in range(2))
+
+
+def test_gradients_are_never_written(backend):
+    def run(collective: Any) -> bool:
+        _, opt = make(collective, backend=backend, flat=True, mode="invariant")
+        given = gradients(opt, 0)
+        for g in given:
+            for a in g.values():
+                a.flags.writeable = False
+        copies = [{name: a.copy() for name, a in g.items()} for g in given]
+        opt.step(given)
+        for g, before in zip(given, copies, strict=True):
+            assert_same_bits(g, g.values(), before.values())
+        return True
+
+    assert all(Threads.run(2, run)) and all(Threads.run(1, run))
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_collectives():
+    def run(c: Any) -> Any:
+        n = c.size
+        x = np.arange(2 * n, dtype=np.float32) + 100 * c.rank
+        moved, scattered, gathered = np.empty_like(x), np.empty(2, np.float32), np.empty(2 * n, np.float32)
+        c.all_to_all(moved, x).wait()
+        c.reduce_scatter(scattered, x).wait()
+        gathered[2 * c.rank : 2 * c.rank + 2] = x[:2]
+        c.all_gather(gathered, gathered[2 * c.rank : 2 * c.rank + 2]).wait()
+        count = np.array([c.rank, 2**40], np.int64)
+        c.all_reduce(count).wait()
+        return moved.tolist(), scattered.tolist(), gathered.tolist(), count.tolist()
+
+    for rank, found in enumerate(Threads.run(3, run)):
+        a, b = 2 * rank, 2 * rank + 1
+        moved = [a, b, 100 + a, 100 + b, 200 + a, 200 + b]
+        assert found == (moved, [300 + 3 * a, 300 + 3 * b], [0, 1, 100, 101, 200, 201], [3, 3 * 2**40])
+    assert run(Alone()) == Threads.run(1, run)[0] == ([0, 1], [0, 1], [0, 1], [0, 2**40])
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "message"),
+    [
+        ("raises", ZeroDivisionError, "of its own"),
+        ("returns", ConnectionError, "rank [02] of 3 waits in vain: rank 1 has returned"),
+        ("differs", ConnectionError, "do not call the same: all_reduce, all_gather, all_reduce"),
+        ("sleeps", ConnectionError, r"not all of 3 ranks came within 0.3 s"),
+    ],
+)
+def test_a_thread_that_leaves_releases_the_others(case, kind, message):
+    released = []
+
+    def run(c: Any) -> None:
+        x = np.ones(1, np.int64)
+        c.all_reduce(x)
+        try:
+            if c.rank != 1:
+                c.all_reduce(x)
+            elif case == "raises":
+                raise ZeroDivisionError("of its own")
+            elif case == "differs":
+                c.all_gather(np.empty(3, np.int64), x)
+            elif case == "sleeps":
+                time.sleep(0.8)
+        except ConnectionError as error:
+            released.append(str(error))
+            raise
+
+    with pytest.raises(kind, match=message) as caught:
+        Threads.run(3, run, timeout=0.3 if case == "sleeps" else 60)
+    assert "raised by rank" in caught.value.__notes__[-1]
+    assert len(released) >= 2
+    with pytest.raises(ValueError, match="n should be at least 1, got 0"):
+        Threads.run(0, run)
+
+
+def test_a_step_that_breaks_off_is_not_gone_on_with(monkeypatch):
+    def run(c: Any) -> Any:
+        _, opt = make(c)
+        opt.step(gradients(opt, 0))
+        if c.rank == 1:
+            monkeypatch.setattr(opt._pipeline.gathers, "start", lambda k: 1 / 0)
+        with pytest.raises((ConnectionError, ZeroDivisionError)) as caught:
+            opt.step(gradients(opt, 1))
+        with pytest.raises(RuntimeError, match=r"step 2 was cut short, so .* go on from the last checkpoint"):
+            opt.step(gradients(opt, 1))
+        with pytest.raises(RuntimeError, match="step 2 was cut short"):
+            _ = opt.params
+        return type(caught.value), str(caught.value)
+
+    (zero, why), (one, _), (two, _) = Threads.run(3, run)
+    assert (zero, one, two) == (ConnectionError, ZeroDivisionError, ConnectionError)
+    assert why.startswith("rank 0 of 3, at t = 2: rank 0 of 3 waits in vain: rank 1 has returned. step 2 was cut short")
+
+
+def test_alone_is_the_default_and_imports_nothing():
+    code = """
+import sys, numpy as np, fused_adam
+from fused_adam.distributed import Sharded
+p = np.ones(5, np.float32)
+opt = Sharded(fused_adam.SGD, p, lr=1.0)
+opt.step(np.ones(5, np.float32))
+assert (p == 0).all() and opt.t == 1 and "rank 0 of 1" in repr(opt)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_what_is_neither_pickled_nor_copied():
+    _, opt = make(None)
+    with pytest.raises(TypeError, match="neither pickled nor copied"):
+        copy.deepcopy(opt)
