@@ -14,6 +14,7 @@ from typing import Any
 
 import fused_adam
 
+from . import formats
 from .cases import (
     NUMBA,
     NUMPY,
@@ -161,6 +162,24 @@ EXPERIMENTS = (
         splats,
         (Target("a tenth, masked", "all rows", 3.3), Target("a tenth, lazy", "all rows", 4.0)),
         margin=2.0,
+    ),
+    Experiment(
+        "2^24, bfloat16",
+        lambda: formats.half(2**24),
+        (Target("all in bfloat16", "torch fused", 1.45),),
+        rounds=15,
+    ),
+    Experiment(
+        "2^24, mixed",
+        lambda: formats.mixed(2**24),
+        (Target("float32 masters", "torch, 3 passes", 1.5),),
+        rounds=15,
+    ),
+    Experiment(
+        "2^24, 8 bits",
+        lambda: formats.eight(2**24),
+        (Target("split8, int8", "fused_adam numba", 0.5), Target("int8", "fused_adam numba", 0.5)),
+        rounds=15,
     ),
     # Under load a step is either undisturbed or as long as a time slice: a sample must span many of both.
     Experiment(

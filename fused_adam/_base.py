@@ -184,7 +184,7 @@ class Optimizer(ABC):
             return
         form, name = part.kept.form, part.names[0].replace("grads", "params", 1)
         _formats.refuse_rule(update.rule, form, name)
-        asked = self.settings._replace(device_scalars=False).names or "per_row_step" * self.per_row_step
+        asked = "count_unmoved" * self.settings.counts or "per_row_step" * self.per_row_step
         if asked or self._device is not None:
             what = asked or "a GPU"
             raise ValueError(f"{name}: {what} is not offered with {_formats.describe(form)}; leave one of them out")

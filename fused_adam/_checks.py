@@ -185,7 +185,7 @@ def zeroable(given: Sequence[Any]) -> None:
             continue
         names, arrays, parameters = some[:3]
         for name, given_g, p in zip(names, arrays, parameters, strict=True):
-            g = array(name, given_g)
+            g, _ = kept(name, given_g, declared="bfloat16")
             _writable(name, g)
             if not _same_order(g, p):
                 orders = f"{order(g)} order but its parameter in {order(p)} order"

@@ -263,10 +263,15 @@ def checked_scales(name: str, given: Any, q_m: Array) -> Array:
 
 def first_corrupt(q_m: Array, scales: Array) -> int:
     """The first block that no `encode` has made, -1 if there is none: a scale that is not one, or the code -128."""
-    s = np.asarray(scales, np.uint16)
-    wrong: Any = ((s & np.uint16(0x801F)) != 0) | (s > np.uint16(LARGEST_SCALE >> 16))
-    wrong |= (s != 0) & (s < np.uint16(LEAST_SCALE >> 16))
-    bad = wrong.any(1)
+    bad = np.atleast_1d(wrong_scales(scales).any(1))
     bad[np.flatnonzero(q_m == -128) // BLOCK8] = True
     found = np.flatnonzero(bad)
     return int(found[0]) if found.size else -1
+
+
+def wrong_scales(scales: Array) -> Array:
+    """Which of these, uint16, are none."""
+    s = np.asarray(scales, np.uint16)
+    wrong: Array = ((s & np.uint16(0x801F)) != 0) | (s > np.uint16(LARGEST_SCALE >> 16))
+    wrong |= (s != 0) & (s < np.uint16(LEAST_SCALE >> 16))
+    return wrong

@@ -31,7 +31,8 @@ Intervals = dict[tuple[int, str], list[tuple[int, int]]]
 def owned(contents: Contents, rank: int, world: int) -> Intervals:
     """The intervals of each array that are a rank's: of each bucket of canonical space a multiple of 128.
 
-    The steps of rows, which have no place there, are the first rank's.
+    Of the scales of 8-bit states, two for each 64 of these elements. The steps of rows, and scales of other elements
+    than these, which have no place there, are the first rank's.
     """
     intervals: Intervals = {}
     offset = 0
@@ -46,7 +47,9 @@ def owned(contents: Contents, rank: int, world: int) -> Intervals:
                 mine.append((start - offset, stop - offset))
         for name in parameter.arrays:
             everything = [(0, parameter.arrays[name].size)] if rank == 0 else []
-            intervals[number, name] = everything if name == "row_steps" else mine
+            scales = [(start // 32, 2 * -(-stop // 64)) for start, stop in mine]
+            kinds = {"row_steps": everything, "fortran_scales": everything, "scales": scales}
+            intervals[number, name] = kinds.get(name, mine)
         offset += -(-size // ALIGNED) * ALIGNED
     return intervals
 

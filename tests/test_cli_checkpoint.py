@@ -86,7 +86,8 @@ def test_show(saved, capsys):
         assert re.search(pattern, out, re.MULTILINE), pattern
     status, d = run_json(capsys, "checkpoint", "show", path / "save-00000001")
     assert status == 0 and (d["optimizer"], d["t"], d["extra"], d["shards"], d["saves"]) == ("AdamW", 3, {}, 1, [])
-    assert d["parameters"][4] == {"name": '["F"]', "dtype": "F32", "shape": [5, 4, 3], "arrays": ["p", "m", "v"]}
+    about = {"name": '["F"]', "dtype": "F32", "shape": [5, 4, 3], "arrays": ["p", "m", "v"], "dtypes": ["F32"] * 3}
+    assert d["parameters"][4] == about
     assert d["param_groups"][0]["weight_decay"] == opt.param_groups[0]["weight_decay"]
 
 

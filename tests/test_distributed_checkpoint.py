@@ -79,6 +79,27 @@ def test_ranks_go_on_with_what_one_optimizer_saved(ranks, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMATS)
+def test_any_number_of_ranks_goes_on_in_every_format(form, tmp_path):
+    """Codes, scales and masters are saved as they are kept, each by who owns it."""
+
+    def first(c: Any) -> str:
+        params, opt = trained(c, form, "invariant", 2)
+        opt.save(tmp_path)
+        opt.step(gradients(opt, 2, FORMATS[form][0]))
+        return digest(opt, params)
+
+    def go_on(c: Any) -> str:
+        params, opt = make(c, form, "invariant")
+        opt.load(tmp_path)
+        opt.step(gradients(opt, 2, FORMATS[form][0]))
+        return digest(opt, params)
+
+    expected = {*Threads.run(4, first)}
+    for ranks in (1, 2, 8):
+        assert {*Threads.run(ranks, go_on)} == expected
+
+
+@pytest.mark.parametrize("form", FORMATS)
 def test_state_dicts_go_from_any_number_of_ranks_to_any_other(form):
     def run(c: Any) -> Any:
         params, opt = trained(c, form, "invariant", 2)

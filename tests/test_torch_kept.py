@@ -204,6 +204,30 @@ def test_torch_states_are_taken_over(options: dict[str, Any], keys: dict[str, An
         assert torch.allclose(found["exp_avg"].float(), theirs.state[params[0]]["exp_avg"].float(), atol=tolerance)
 
 
+@backends
+@pytest.mark.parametrize("options", [{}, {"master": "split8", "state_dtype": "int8"}])
+def test_clipped_skipped_and_zeroed(options: dict[str, Any], backend: str) -> None:
+    """As the class for arrays, of which other tests take all formats."""
+    guard = {"max_grad_norm": 1.0, "skip_nonfinite": True, "zero_grads": True}
+    params = make(BF16)
+    arrays = [numbers(p) for p in params]
+    opt = ours.AdamW(params, backend=backend, **guard, **options)
+    core_options = options or {"state_dtype": "bfloat16"}
+    core = fused_adam.AdamW(arrays, backend=backend, dtype="bfloat16", **guard, **core_options)
+    for n in range(STEPS):
+        give(params, n)
+        if n == 3:
+            with torch.no_grad():
+                params[1].grad[5] = float("inf")
+        given = [numbers(p.grad) for p in params]
+        opt.step()
+        core.step(given)
+        assert not any(p.grad.any() for p in params)
+        assert opt.last_stats() == core.last_stats()
+    assert opt.last_stats().skipped == 1
+    assert all(same_bits(numbers(p), a) for p, a in zip(params, arrays, strict=True))
+
+
 def test_codes_become_floats_and_codes_again() -> None:
     params = make(F32)
     opt = ours.AdamW(params, state_dtype="int8")

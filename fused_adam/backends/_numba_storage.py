@@ -13,6 +13,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fused_adam._philox import EACH, MULTIPLIERS, ROUNDS, WEYL
@@ -25,6 +26,7 @@ _NAN_BF16, _NAN_F16, _INFINITY_F16 = _U32(NAN_BF16), _U32(NAN_F16), _U32(0x7C00)
 _ONE = _U32(1)
 _LARGEST_BF16, _LARGEST_F16, _LARGEST_SPLIT8 = _U32(0x7F7F0000), _U32(0x477FE000), _U32(0x7F7FFF00)
 _NORMAL_F16 = _U32(0x38800000)  # the smallest
+_UPPER, _ODD16, _BELOW16 = _U32(0xFFFF0000), _U32(0x10000), _U32(0x7FFF)
 _HALF8, _HALF13, _HALF16 = _U32(0x80), _U32(0x1000), _U32(0x8000)  # of the last bit kept when so many are cut off
 _UNSCALE = np.float32(2.0**112)  # the difference of the exponents' biases
 _HALF, _LEAST = np.float32(0.5), np.float32(2.0**-14)
@@ -47,6 +49,39 @@ def float_of(typingctx: Any, bits: Any) -> Any:
     return types.float32(types.uint32), _bitcast
 
 
+@intrinsic
+def product(typingctx: Any, a: Any, b: Any) -> Any:
+    """Of two uint32, modulo 2**32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.mul(*args)
+
+    return types.uint32(types.uint32, types.uint32), codegen
+
+
+TILE = 2048  # elements: two float32 rows, and what is kept of all, fit in the first cache
+
+
+@intrinsic
+def tile(typingctx: Any, dtype: Any) -> Any:
+    """TILE elements on the stack, uninitialised: nothing is allocated in mid-step."""
+    array = types.Array(dtype.dtype, 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        element = context.get_data_type(array.dtype)
+        data = cgutils.alloca_once(builder, element, size=TILE)
+        data.align = 64
+        size = ir.Constant(ir.IntType(64), array.dtype.bitwidth // 8)
+        count = ir.Constant(ir.IntType(64), TILE)
+        result = context.make_array(array)(context, builder)
+        context.populate_array(
+            result, data=data, shape=[count], strides=[size], itemsize=size, meminfo=None, parent=None
+        )
+        return result._getvalue()
+
+    return array(dtype), codegen
+
+
 # --- one element ------------------------------------------------------------------------------------------------------
 
 
@@ -56,9 +91,32 @@ def from_bfloat16(h: Any) -> Any:
 
 
 @numba.njit(inline="always")
-def to_bfloat16(x: Any) -> Any:
+def _rounded(x: Any) -> Any:
+    """Bits of which the upper 16 are a bfloat16 number."""
     w = bits_of(x)
-    return _NAN_BF16 if x != x else _U32(_U32(w + 0x7FFF + (w >> 16 & 1)) >> 16)
+    return _NAN if x != x else _U32(w + (_HALF16 if _U32(w & _ODD16) != 0 else _BELOW16))
+
+
+@numba.njit(inline="always")
+def to_bfloat16(x: Any) -> Any:
+    return _U32(_rounded(x) >> 16)
+
+
+@numba.njit(inline="always")
+def lower(word: Any) -> Any:
+    """The first of two bfloat16 numbers."""
+    return float_of(_U32(word << 16))
+
+
+@numba.njit(inline="always")
+def upper(word: Any) -> Any:
+    return float_of(_U32(word & _UPPER))
+
+
+@numba.njit(inline="always")
+def both(x: Any, y: Any) -> Any:
+    """A word of two bfloat16 numbers."""
+    return _U32(_U32(_rounded(x) >> 16) | _U32(_rounded(y) & _UPPER))
 
 
 @numba.njit(inline="always")

@@ -11,42 +11,17 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from fused_adam import _int8, _philox, _storage
 from fused_adam._codegen import Rule
 from fused_adam._storage import BLOCK8, Format
 from fused_adam.backends import _numba_int8, _numba_storage
 
-TILE = 2048  # elements: two float32 rows, and what is kept of all, fit in the first cache
-
 _MODULES = (_numba_storage, _numba_int8, _philox, _storage, _int8)
 _HASH = hashlib.sha256(
     b"".join(Path(f).read_bytes() for f in (__file__, *(str(m.__file__) for m in _MODULES)))
 ).hexdigest()[:12]
-
-
-@intrinsic
-def tile(typingctx: Any, dtype: Any) -> Any:
-    """TILE elements on the stack, uninitialised: nothing is allocated in mid-step."""
-    array = types.Array(dtype.dtype, 1, "C")
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        element = context.get_data_type(array.dtype)
-        data = cgutils.alloca_once(builder, element, size=TILE)
-        data.align = 64
-        size = ir.Constant(ir.IntType(64), array.dtype.bitwidth // 8)
-        count = ir.Constant(ir.IntType(64), TILE)
-        result = context.make_array(array)(context, builder)
-        context.populate_array(
-            result, data=data, shape=[count], strides=[size], itemsize=size, meminfo=None, parent=None
-        )
-        return result._getvalue()
-
-    return array(dtype), codegen
 
 
 def source(rule: Rule, form: Format) -> str:
@@ -76,18 +51,35 @@ def source(rule: Rule, form: Format) -> str:
         body.append(f"_fill_noise({seed}, {t}, {first} + _at, {rule.outputs.index(a)}, {drawn})")
     if int8:
         body += ["__m, __v = _tile_m[:_size], _tile_v[:_size]", "_decode_int8(_codes_m, _codes_v, __scales, __m, __v)"]
-    body.append("for _i in range(_size):")
+    in_pairs = {kinds.get(a) for a in kept} == {"bfloat16"} and not rounded
+    if in_pairs:
+        body += _loop_over_pairs(rule)
+    body.append("for _i in range(_size // 2 * 2, _size):" if in_pairs else "for _i in range(_size):")
     body += [f"    {a} = {_read(a, kinds[a], form)}" for a in ("p", "g", *rule.states)]
     body += [f"    {a.text}" for a in rule.assignments]
     for a in rule.outputs:
         if not (int8 and a in rule.states):
             body += [f"    {line}" for line in _write(a, kinds[a], form, a in rounded)]
+    body += [f"    __g[_i] = {_CARRIER[form.g]}(0)"] * rule.zeroes
     if int8:
         body.append("    __m[_i], __v[_i] = _ratio(m, v)")
         body.append(f"_encode_ratios(__m, __v, _codes_m, _codes_v, __scales, {first} + _at, {t})")
     if tiled:
         lines.append("    for _at in range(_lo, _lo + _n, _TILE):")
     return "\n".join([*lines, *(f"    {'    ' * tiled}{line}" for line in body)]) + "\n"
+
+
+def _loop_over_pairs(rule: Rule) -> list[str]:
+    """Over words of two elements: to take them apart and put them together costs less than to widen each."""
+    arrays = ("p", "g", *rule.states)
+    body = [f"_words_{a} = _view(_row[{k}] + 2 * _at, 0, _size // 2, _U32)" for k, a in enumerate(arrays)]
+    body.append("for _i in range(_size // 2):")
+    for half in ("lower", "upper"):
+        body += [f"    {a} = _{half}(_words_{a}[_i])" for a in arrays]
+        body += [f"    {a.text}" for a in rule.assignments]
+        body += [f"    _{half}_{a} = {a}" for a in rule.outputs]
+    body += [f"    _words_{a}[_i] = _both(_lower_{a}, _upper_{a})" for a in rule.outputs]
+    return body + ["    _words_g[_i] = _U32(0)"] * rule.zeroes
 
 
 def is_rounded(a: str, form: Format) -> bool:
@@ -128,8 +120,14 @@ def _write(a: str, kind: str, form: Format, stochastically: bool) -> list[str]:
 
 def loop(rule: Rule, form: Format) -> tuple[str, dict[str, Any], str]:
     """What `_numba_kernels.compiled` takes."""
-    names = {"_T": types.float32, "_U16": types.uint16, "_U8": types.uint8, "_I8": types.int8}
-    names |= {"_tile": tile, "_TILE": TILE, "_BLOCK8": BLOCK8, "_fill_noise": _numba_storage.fill_noise}
+    names = {"_T": types.float32, "_U16": types.uint16, "_U8": types.uint8, "_U32": types.uint32, "_I8": types.int8}
+    names |= {
+        "_tile": _numba_storage.tile,
+        "_TILE": _numba_storage.TILE,
+        "_BLOCK8": BLOCK8,
+        "_fill_noise": _numba_storage.fill_noise,
+    }
+    names |= {f"_{name}": getattr(_numba_storage, name) for name in ("lower", "upper", "both")}
     names |= {"_decode_int8": _numba_int8.decode_int8, "_ratio": _numba_int8.ratio}
     names |= {"_encode_ratios": _numba_int8.encode_ratios}
     for kind in ("bfloat16", "float16", "split16", "split8"):

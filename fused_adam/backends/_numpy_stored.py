@@ -56,7 +56,7 @@ def calls(
     names = ["p", "g", *rule.states]
     rows, spares = scratch[: len(names)], scratch[len(names) :]
     scalars = [np.array(x, np.float32) for x in coefficients]
-    zero = np.zeros((), np.float32)
+    zero, zero_byte = np.zeros((), np.float32), np.zeros((), np.uint8)
     conversions, noises, codes = _spare(chunk)
     made: list[Call] = []
     for lo in range(0, p.size, chunk):
@@ -105,6 +105,8 @@ def calls(
             m, v = (row[: _int8.padded(n)] for row in rows[2:4])
             before += _int8.decode(stored["m"], stored["v"], own, m, v, codes)
             after += _int8.encode(m, v, stored["m"], stored["v"], own, first + lo, kept.t, codes)
+        if rule.zeroes:
+            after.append((np.copyto, (stored["g"].view(np.uint8), zero_byte)))
         arguments = [*inside.values(), *scalars, *(row[:width] for row in spares), zero]
         made += [*before, (function, arguments), *after]
     return made

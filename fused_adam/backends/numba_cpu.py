@@ -194,8 +194,12 @@ def _address(column: Any, k: Any, itemsize: Any, g: Any) -> Any:
     return True
 
 
-def _arrays(part: Rows, given: Gradients | Placed) -> list[Array]:
+def _arrays(part: Rows, given: Gradients | Placed) -> Sequence[Array]:
     """Gradients that were found right, 1-D."""
+    if part.kept is not None:
+        from fused_adam.backends import _stored
+
+        return _stored.gradients(part, given)[1]
     if isinstance(given, FlatBuffer):
         return given.runs
     if isinstance(given, Placed):
@@ -296,8 +300,9 @@ class Stepper:
         if guard.settings.wants_norm:
             from fused_adam.backends import _numba_norm  # compiled only where it is needed
 
-            dtypes = [part.dtype for part in self._parts]
-            total = _numba_norm.total(self._n, self._rows, self._first, dtypes, guard.unscaling)
+            kinds = [self._forms[k].g if k in self._forms else part.dtype.name for k, part in enumerate(self._parts)]
+            unscaling = [guard.unscaling[part.dtype] for part in self._parts]
+            total = _numba_norm.total(self._n, self._rows, self._first, kinds, unscaling)
         coefficients = guard.decide(total)
         if coefficients is not None:
             self._set(coefficients)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from fused_adam._guard import Guard
 from fused_adam._layout import FlatBuffer
 from fused_adam._norm import Total, block_sums
 from fused_adam._sparse import Gather
-from fused_adam.backends import DeferredInterrupt, Gradients, Loose, Placed, Rows
+from fused_adam._storage import decoded
+from fused_adam.backends import DeferredInterrupt, Gradients, Kept, Loose, Placed, Rows
 
 # Elements a chunk: five float32 streams and the scratch rows of one chunk fit in a 1 MiB L2 cache.
 CHUNK = 2**15
@@ -139,6 +140,37 @@ def _calls(
     return calls
 
 
+class _Pair(NamedTuple):
+    """Rows (p, *states) of a part, 1-D, and the gradient of each.
+
+    kept: how they and the gradients are kept, where not all are of the type that is computed in; first: as of `Rows`.
+    """
+
+    rows: Sequence[Any]
+    gs: Sequence[Array]
+    kept: Kept | None = None
+    first: Sequence[int] = ()
+
+
+def _part_calls(
+    part: Rows, t: int, rule: Rule, coefficients: Sequence[float], pair: _Pair, counter: _Counter | None = None
+) -> list[_Call]:
+    """Those of step t."""
+    calls: list[_Call] = []
+    if pair.kept is None:
+        for (p, *states), g in zip(pair.rows, pair.gs, strict=True):
+            calls += _calls(rule, coefficients, p, g, states, counter)
+        return calls
+    from fused_adam.backends import _numpy_stored
+
+    f, rows = kernel(rule)
+    scratch = _scratch(2 + len(rule.states) + rows, part.dtype)
+    kept = pair.kept._replace(t=t)
+    for (p, *rest), g, first in zip(pair.rows, pair.gs, pair.first, strict=True):
+        calls += _numpy_stored.calls(rule, f, coefficients, p, g, rest, kept, first, scratch, CHUNK)
+    return calls
+
+
 def _row_calls(rule: Rule, moved: Gather, p: Array, values: Array, states: Sequence[Array]) -> list[_Call]:
     """Calls for the rows of a parameter that move: those that do not follow each other go through scratch rows."""
     values, source = moved.summed(values)
@@ -206,7 +238,7 @@ def run(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states: S
 
 
 def total_of(each: Iterable[tuple[Sequence[Array], Any]]) -> Total:
-    """The squares of gradients, each 1-D and with what it is to be multiplied by, a scalar of its dtype."""
+    """The squares of gradients, each 1-D and with what it is to be multiplied by, a scalar of what is computed in."""
     total = Total()
     rows = np.empty(CHUNK), np.empty(CHUNK // 4)
     found: list[Array] = []  # sums of several chunks: many at once are added up twice as fast
@@ -215,6 +247,7 @@ def total_of(each: Iterable[tuple[Sequence[Array], Any]]) -> Total:
             for g in gs:
                 for lo in range(0, g.size, CHUNK):
                     x = g[lo : lo + CHUNK]
+                    x = decoded(x) if x.itemsize == 2 else x
                     x = x if unscaling == 1 else x * unscaling
                     sums = block_sums(x, rows)
                     # Of finite float32 numbers no sum overflows; of float64 it may.
@@ -266,73 +299,54 @@ class Stepper:
         gradients: Sequence[Gradients | Placed],
     ) -> list[_Call]:
         calls: list[_Call] = []
-        for part, rule, values, given in zip(self._parts, rules, coefficients, gradients, strict=True):
-            if part.kept is not None:
-                calls += self._stored_calls(part, t, rule, values, given)
-                continue
-            rows, gs = self._pair(part, given)
-            for (p, *states), g in zip(rows, gs, strict=True):
-                calls += _calls(rule, values, p, g, states)
-        return calls
-
-    def _stored_calls(
-        self, part: Rows, t: int, rule: Rule, values: Sequence[float], given: Gradients | Placed
-    ) -> list[_Call]:
-        """Of parameters that are kept in 16 bits, or whose gradients or states are."""
-        from fused_adam.backends import _numpy_stored, _stored
-
-        kept, gs = _stored.gradients(part, given)
-        flat = isinstance(given, FlatBuffer)
-        if isinstance(given, Loose):
-            self._refuse_overlaps(given, gs)
-        f, rows = kernel(rule)
-        scratch = _scratch(2 + len(rule.states) + rows, part.dtype)
-        calls: list[_Call] = []
-        each = zip(part.runs if flat else part.rows, gs, part.run_first if flat else part.first, strict=True)
-        for (p, *rest), g, first in each:
-            calls += _numpy_stored.calls(rule, f, values, p, g, rest, kept._replace(t=t), first, scratch, CHUNK)
+        each = zip(self._parts, rules, coefficients, self._pairs(gradients), strict=True)
+        for part, rule, values, pair in each:
+            calls += _part_calls(part, t, rule, values, pair)
         return calls
 
     def step_guarded(
         self, t: int, rules: Sequence[Rule], gradients: Sequence[Gradients | Placed], guard: Guard
     ) -> None:
         """`step` with the coefficients that the guard decides on, or no step."""
-        if any(part.kept is not None for part in self._parts):  # of which nothing is asked that needs the gradients
-            coefficients = guard.decide(None)
-            if coefficients is not None:
-                _execute(self._all_calls(t, rules, coefficients, gradients), self._t, t)
-            return
         pairs = self._pairs(gradients)
         if guard.settings.zeroes:
             _checks.zeroable(gradients)
         total = None
         if guard.settings.wants_norm:
             each = zip(self._parts, pairs, strict=True)
-            total = total_of((gs, part.dtype.type(guard.unscaling[part.dtype])) for part, (_, gs) in each)
+            total = total_of((pair.gs, part.dtype.type(guard.unscaling[part.dtype])) for part, pair in each)
         coefficients = guard.decide(total)
         calls: list[_Call] = []
         if coefficients is None:
             if guard.settings.zeroes:
-                calls = [_zeroing(g) for _, gs in pairs for g in gs]
+                calls = [_zeroing(g) for pair in pairs for g in pair.gs]
             _execute(calls, self._t, t - 1)
             return
         counters = []
-        for part, rule, values, (rows, gs) in zip(self._parts, rules, coefficients, pairs, strict=True):
+        for part, rule, values, pair in zip(self._parts, rules, coefficients, pairs, strict=True):
             counter = _Counter(part.dtype) if rule.counts else None
             counters += [counter] if counter is not None else []
-            for (p, *states), g in zip(rows, gs, strict=True):
-                calls += _calls(rule, values, p, g, states, counter)
+            calls += _part_calls(part, t, rule, values, pair, counter)
         guard.count = lambda: sum(map(int, counters))
         _execute(calls, self._t, t)
 
-    def _pairs(self, gradients: Sequence[Gradients | Placed]) -> list[tuple[list[Any], list[Array]]]:
+    def _pairs(self, gradients: Sequence[Gradients | Placed]) -> list[_Pair]:
         """For each part the rows to step over and the gradient of each, checked."""
         return [self._pair(part, given) for part, given in zip(self._parts, gradients, strict=True)]
 
-    def _pair(self, part: Rows, given: Gradients | Placed) -> tuple[list[Any], list[Array]]:
+    def _pair(self, part: Rows, given: Gradients | Placed) -> _Pair:
+        if part.kept is not None:
+            from fused_adam.backends import _stored
+
+            kept, gs = _stored.gradients(part, given)
+            if isinstance(given, FlatBuffer):
+                return _Pair(part.runs, gs, kept, part.run_first)
+            if isinstance(given, Loose):
+                self._refuse_overlaps(given, gs)
+            return _Pair(part.rows, gs, kept, part.first)
         if isinstance(given, FlatBuffer):
-            return part.runs, given.runs
-        return part.rows, given.arrays(part) if isinstance(given, Placed) else self._checked(given)
+            return _Pair(part.runs, given.runs)
+        return _Pair(part.rows, given.arrays(part) if isinstance(given, Placed) else self._checked(given))
 
     def step_rows(
         self,

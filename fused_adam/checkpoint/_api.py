@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fused_adam import _checks, _numbers, _row_checks, _state_dict
+import numpy as np
+
+from fused_adam import _checks, _int8, _numbers, _row_checks, _state_dict
 from fused_adam._arrays import Array
 from fused_adam._base import Optimizer
-from fused_adam._part import ROW_STEPS
+from fused_adam._part import MASTER, ROW_STEPS, SCALES
 from fused_adam.backends import DeferredInterrupt
-from fused_adam.checkpoint._elements import Elements, Located, of_optimizer
+from fused_adam.checkpoint._elements import FORTRAN_SCALES, Elements, Located, of_optimizer
 from fused_adam.checkpoint._files import NewSave, open_folder
 from fused_adam.checkpoint._format import CheckpointError
 from fused_adam.checkpoint._manifest import PARAMETER, Contents, Parameter, Shard, plain, print_manifest
@@ -41,7 +43,7 @@ def save(
         path: a folder, made if it is not there.
         optimizer: of any class of this package, on any backend; its arrays are read in pieces of 4 MiB. NaNs are saved
             as one and the same.
-        params: whether the parameters are saved too.
+        params: whether the parameters are saved too. With a master they must be: the two belong together.
         extra: what else to save: numbers, strings, bools, None, and lists and dicts of these, such as
             ``{"epoch": 3, "rng": rng.bit_generator.state}``. Tuples come back as lists.
         keep_last: how many saves stay, with this one; None for all. One that is being loaded stays too.
@@ -62,15 +64,17 @@ def save(
     kept = plain("extra", _mapping(extra))
     described, located = of_optimizer(optimizer)
     if not params:
-        described = [without(p) for p in described]
+        described = states_of(described)
     numbers = _state_dict.numbers(optimizer)
     contents = Contents(numbers["optimizer"], numbers["t"], numbers["param_groups"], described, kept)
     return write_all(path, contents, located, keep_last, progress)
 
 
-def without(parameter: Parameter) -> Parameter:
-    """Its states only."""
-    return replace(parameter, arrays={name: a for name, a in parameter.arrays.items() if name != PARAMETER})
+def states_of(described: Sequence[Parameter]) -> list[Parameter]:
+    """Without the parameters themselves. Raises ValueError for masters."""
+    if any(MASTER in p.arrays for p in described):
+        raise ValueError("params is False, but a master belongs to its parameters; leave it out")
+    return [replace(p, arrays={name: a for name, a in p.arrays.items() if name != PARAMETER}) for p in described]
 
 
 def write_all(
@@ -109,7 +113,8 @@ def load(path: str | os.PathLike[str], optimizer: Optimizer, *, progress: Progre
 
     Args:
         path: a folder of saves, of which the last is loaded, or one of them.
-        optimizer: of the class that was saved, over parameters of the same names, shapes and dtypes in the same order.
+        optimizer: of the class that was saved, over parameters of the same names, shapes and dtypes in the same order,
+            and with the same state_dtype and master.
         progress: called with the bytes that have been read and the bytes to read, each twice, for each MiB.
 
     Returns:
@@ -129,9 +134,7 @@ def load(path: str | os.PathLike[str], optimizer: Optimizer, *, progress: Progre
         for damage in saved.damage(report):
             raise CheckpointError(damage)
         every = {(number, name): [(0, spec.size)] for number, name, spec in contents.arrays()}
-        row_steps = {place: every[place] for place in every if place[1] == ROW_STEPS}
-        for number, name, start, steps in saved.read(row_steps):
-            _row_checks.row_steps(f"{saved.name}: {number}.{name}[{start}:]", steps, steps, t)
+        _check_values(saved, t)
         report.failure = []
         with DeferredInterrupt():
             try:
@@ -200,11 +203,31 @@ def _same_parameters(saved: Saved, ours: Sequence[Parameter]) -> None:
 
 
 def _same_arrays(saved: Saved, ours: Sequence[Parameter]) -> None:
-    """Of each parameter the same states, and itself or not."""
+    """Of each parameter the same states, in the same format, and itself or not."""
+    fix = "make it with the state_dtype and master of that one, and its other arguments"
     for k, (a, b) in enumerate(zip(saved.contents.parameters, ours, strict=True)):
         if {PARAMETER: b.arrays[PARAMETER], **a.arrays} != b.arrays:
             has, needs = (", ".join(f"{n} ({s.dtype}, {s.shape})" for n, s in x.arrays.items()) for x in (a, b))
-            raise ValueError(f"of parameter {k}, {saved.name} has {has} but this optimizer {needs}; make it alike")
+            raise ValueError(f"of parameter {k}, {saved.name} has {has} but this optimizer {needs}; {fix}")
+
+
+def _check_values(saved: Saved, t: int) -> None:
+    """Raises ValueError for steps of rows, codes or scales that no optimizer has made by step t."""
+    contents = saved.contents
+    checked = {
+        (number, name): [(0, spec.size)]
+        for number, name, spec in contents.arrays()
+        if name in (ROW_STEPS, SCALES, FORTRAN_SCALES) or spec.dtype == "I8"
+    }
+    for number, name, start, x in saved.read(checked):
+        dtype, what = contents.spec(number, name).dtype, f"{saved.name}: {number}.{name}"
+        if dtype == "I64":
+            _row_checks.row_steps(f"{what}[{start}:]", x, x, t)
+        elif dtype in ("I8", "U16"):
+            wrong = x == -128 if dtype == "I8" else _int8.wrong_scales(x)
+            if wrong.any():
+                first = int(np.flatnonzero(wrong)[0])
+                raise CheckpointError(f"{what}[{start + first}] is {x[first]}, which no step has made")
 
 
 def _copy(arrays: Iterable[tuple[int, str, int, Array]], located: Located, report: Callable[[int], None]) -> None:

@@ -11,7 +11,7 @@ from fused_adam._arrays import Array, CudaArray, order, ravel
 from fused_adam._base import Optimizer
 from fused_adam._cuda_arrays import view
 from fused_adam._memory import Memory
-from fused_adam._part import ROW_STEPS
+from fused_adam._part import MASTER, ROW_STEPS, SCALES, Part
 from fused_adam.backends import LIBRARY
 from fused_adam.checkpoint._format import dtype_name
 from fused_adam.checkpoint._manifest import PARAMETER, Parameter, Spec
@@ -104,30 +104,39 @@ def _elements(a: Any, shape: tuple[int, ...], order: str, memory: Memory) -> Ele
 
 Located = Mapping[tuple[int, str], Elements]  # by the number of the parameter and the name of the array
 
+# Scales are of 64 elements in memory order, so those of a parameter in Fortran order mean others.
+FORTRAN_SCALES = f"fortran_{SCALES}"
+
 
 def of_optimizer(optimizer: Optimizer) -> tuple[list[Parameter], dict[tuple[int, str], Elements]]:
-    """The parameters and their states: what they are, and where their elements lie.
-
-    Raises ValueError for what is kept in 16 or 8 bits.
-    """
-    if any(part.kept is not None for part in optimizer._parts):
-        raise ValueError(
-            "checkpoints of numbers in 16 or 8 bits are not offered; keep opt.state_dict(), by pickle or npz"
-        )
+    """The parameters and their states, as they are kept: what they are, and where their elements lie."""
     memory = _memory.of_library(LIBRARY[optimizer.backend], optimizer._device)
     parameters: list[Parameter] = []
     located: dict[tuple[int, str], Elements] = {}
     for group, index in enumerate(optimizer._index):
         for part, j in ((optimizer._parts[k], j) for k, j in index):
             p, steps, number = part.parameters[j], part.row_steps[j], len(parameters)
-            described = Spec(dtype_name(part.dtype), p.shape)
             how = order(p)
             rows = {PARAMETER: ravel(p)} | {name: buffer.views[j] for name, buffer in part.states.items()}
-            arrays = dict.fromkeys(rows, described)
+            if part.master is not None:
+                rows[MASTER] = part.master.views[j]
+            arrays = {name: Spec(_dtype_name(part, name, row), p.shape) for name, row in rows.items()}
             located |= {(number, name): _elements(row, p.shape, how, memory) for name, row in rows.items()}
-            if steps is not None:
-                arrays[ROW_STEPS] = Spec(dtype_name(steps.dtype), steps.shape)
-                located[number, ROW_STEPS] = OnHost(steps, steps.shape)
+            beside = {} if steps is None else {ROW_STEPS: steps}
+            if part.scales is not None:
+                beside[SCALES if how == "C" else FORTRAN_SCALES] = part.scales.views[j]
+            for name, row in beside.items():
+                arrays[name] = Spec(dtype_name(row.dtype), row.shape)
+                located[number, name] = _elements(row, row.shape, "C", memory)
             name = part.names[j].removeprefix(optimizer._path(group))
-            parameters.append(Parameter(name, described.dtype, described.shape, arrays))
+            parameters.append(Parameter(name, arrays[PARAMETER].dtype, p.shape, arrays))
     return parameters, located
+
+
+def _dtype_name(part: Part, name: str, row: Any) -> str:
+    """By which safetensors knows what an array of a part holds: of uint16 its dtype does not tell."""
+    if part.kept is not None and name != MASTER:
+        kind = part.kept.form.p if name == PARAMETER else part.kept.form.states
+        if kind == "bfloat16":
+            return "BF16"
+    return dtype_name(row.dtype)

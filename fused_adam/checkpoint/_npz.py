@@ -1,4 +1,7 @@
-"""Checkpoints as NumPy's npz: arrays "0.p", "0.m" and so on, and the manifest as an array of bytes."""
+"""Checkpoints as NumPy's npz: arrays "0.p", "0.m" and so on, and the manifest as an array of bytes.
+
+States and masters are float32 or float64; bfloat16 parameters are their bits, as uint16.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,18 @@ import numpy as np
 
 from fused_adam._arrays import Array
 from fused_adam.checkpoint._format import DTYPES
-from fused_adam.checkpoint._held import Held, array_of, new_file
+from fused_adam.checkpoint._held import Held, new_file
 from fused_adam.checkpoint._manifest import parse_manifest, print_manifest
 from fused_adam.checkpoint._saved import Saved
+from fused_adam.checkpoint._wide import wide, wide_array
 
 _MANIFEST = "manifest"
 
 
 def write(path: Path, saved: Saved) -> None:
     """One array after the other. Raises CheckpointError, OSError."""
-    manifest = np.frombuffer(print_manifest(saved.contents, []), np.uint8)
+    contents = wide(saved.contents)
+    manifest = np.frombuffer(print_manifest(contents, []), np.uint8)
     with new_file(path) as file, zipfile.ZipFile(file, "w") as archive:
 
         def add(name: str, a: Array) -> None:
@@ -26,8 +31,8 @@ def write(path: Path, saved: Saved) -> None:
                 np.lib.format.write_array(member, a, allow_pickle=False)
 
         add(_MANIFEST, manifest)
-        for number, name, _ in saved.contents.arrays():
-            add(f"{number}.{name}", array_of(saved, number, name))
+        for number, name, _ in contents.arrays():
+            add(f"{number}.{name}", wide_array(saved, number, name))
 
 
 def read(path: Path) -> Held:

@@ -1,7 +1,8 @@
 """Checkpoints as files of torch.save, whose state dicts torch's own optimizers load.
 
 A file holds a dict: "optimizer", a state dict of the class that "class" names, in torch.optim (Lion: in
-fused_adam.torch); "params", tensors in order, if they were saved; "names" of them; "t"; "extra".
+fused_adam.torch); "params", tensors in order, if they were saved; "masters" of these, in float32, if there are any;
+"names" of them; "t"; "extra". States are float32 or float64, whatever they were kept in.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import fused_adam
 import fused_adam.torch
 from fused_adam import _numbers, _state_dict
 from fused_adam._arrays import Array
+from fused_adam._part import MASTER
 from fused_adam.checkpoint._format import dtype_name
-from fused_adam.checkpoint._held import Held, array_of, new_file
+from fused_adam.checkpoint._held import Held, new_file
 from fused_adam.checkpoint._manifest import PARAMETER, Contents, Parameter, Spec, plain
 from fused_adam.checkpoint._saved import Saved
+from fused_adam.checkpoint._wide import wide, wide_array
 
 NAMES = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Lion")
+_LISTS = {"params": PARAMETER, "masters": MASTER}  # of a file
 _FLOAT32_COUNTS = 2**24  # from here on a float32 does not count
 
 
@@ -37,17 +41,18 @@ def _class(name: Any) -> Any:
 
 def write(path: Path, saved: Saved) -> None:
     """Raises ValueError for what torch has no class for, OSError."""
-    contents = saved.contents
+    contents = wide(saved.contents)
     cls = _class(contents.optimizer)
     groups = [_group(saved.name, cls, group) for group in contents.param_groups]
     for number, name, _ in contents.arrays():
-        if name not in (PARAMETER, *cls._family.states):
+        if name not in (PARAMETER, MASTER, *cls._family.states):
             raise ValueError(f"{saved.name} cannot be converted: torch has nothing for {number}.{name}")
-    tensors = {(n, name): torch.from_numpy(array_of(saved, n, name)) for n, name, _ in contents.arrays()}
+    tensors = {(n, name): _tensor(wide_array(saved, n, name), spec.dtype) for n, name, spec in contents.arrays()}
     step = torch.tensor(contents.t, dtype=torch.float32 if contents.t < _FLOAT32_COUNTS else torch.float64)
     state = {}
     for number, parameter in enumerate(contents.parameters):
-        mine = {cls._family.states[name]: tensors[number, name] for name in parameter.arrays if name != PARAMETER}
+        states = [name for name in parameter.arrays if name not in (PARAMETER, MASTER)]
+        mine = {cls._family.states[name]: tensors[number, name] for name in states}
         if contents.t and cls._family.counted:
             mine["step"] = step.clone()
         if contents.t and mine:  # before the first step torch has none, and starts from its own
@@ -59,10 +64,16 @@ def write(path: Path, saved: Saved) -> None:
         "t": contents.t,
         "extra": contents.extra,
     }
-    if all(PARAMETER in p.arrays for p in contents.parameters):
-        document["params"] = [tensors[k, PARAMETER] for k in range(len(contents.parameters))]
+    for key, name in _LISTS.items():
+        if all(name in p.arrays for p in contents.parameters):
+            document[key] = [tensors[k, name] for k in range(len(contents.parameters))]
     with new_file(path) as file:
         torch.save(document, file)
+
+
+def _tensor(a: Array, dtype: str) -> torch.Tensor:
+    x = torch.from_numpy(a)
+    return x.view(torch.bfloat16) if dtype == "BF16" else x
 
 
 def _group(what: str, cls: Any, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,28 +124,40 @@ def _held(d: Mapping[str, Any], optimizer: str | None, t: int | None) -> Held:
     for group, part in zip(groups, form._parts, strict=True):
         for j, key in enumerate(group["params"]):
             number = len(parameters)
-            tensors = {PARAMETER: d["params"][number]} if "params" in d else {}
+            tensors = {name: d[called][number] for called, name in _LISTS.items() if called in d}
             for called in part.states:
                 theirs = cls._family.states[called]
                 if states.get(key, {}).get(theirs) is None:
                     raise ValueError(f"parameter {number} has no {theirs!r}: it has done no step")
                 tensors[called] = states[key][theirs]
             label = d["names"][number] if "names" in d else f"[{j}]"
-            held = {called: np.asarray(x.detach().numpy(), order="C") for called, x in tensors.items()}
+            held = {called: _array(x.detach()) for called, x in tensors.items()}
             parameters.append(_parameter(number, label, held))
-            arrays |= {(number, called): a for called, a in held.items()}
+            arrays |= {(number, called): a for called, (_, a) in held.items()}
     extra = plain("extra", d.get("extra", {}))
     return Held(Contents(name, t, _state_dict.numbers(form)["param_groups"], parameters, extra), arrays)
 
 
-def _parameter(number: int, label: str, arrays: Mapping[str, Array]) -> Parameter:
-    specs = {called: Spec(dtype_name(a.dtype), a.shape) for called, a in arrays.items()}
+def _array(x: torch.Tensor) -> tuple[str, Array]:
+    """In NumPy, with safetensors' name of the dtype."""
+    if x.dtype == torch.bfloat16:
+        return "BF16", np.asarray(x.view(torch.uint16).numpy(), order="C")
+    a = np.asarray(x.numpy(), order="C")
+    return dtype_name(a.dtype), a
+
+
+def _parameter(number: int, label: str, arrays: Mapping[str, tuple[str, Array]]) -> Parameter:
+    """Whose states have one dtype: its own, or float32 beside 16 bits. The same of a master."""
+    specs = {called: Spec(dtype, a.shape) for called, (dtype, a) in arrays.items()}
+    if not specs:
+        raise ValueError(f"parameter {number} has no states, nor are there 'params'")
     kinds = {*specs.values()}
-    if len(kinds) != 1:
-        have = f"arrays of different shapes or dtypes: {kinds}" if kinds else "no states, nor are there 'params'"
-        raise ValueError(f"parameter {number} has {have}")
-    (spec,) = kinds
-    return Parameter(label, spec.dtype, spec.shape, specs)
+    p = specs.get(PARAMETER, next(iter(kinds)))
+    beside = {spec for called, spec in specs.items() if called != PARAMETER}
+    half = p.dtype in ("F16", "BF16") and beside == {Spec("F32", p.shape)}
+    if len(kinds) != 1 and not half:
+        raise ValueError(f"parameter {number} has arrays of different shapes or dtypes: {kinds}")
+    return Parameter(label, p.dtype, p.shape, specs)
 
 
 def _guessed(group: Mapping[str, Any]) -> str:

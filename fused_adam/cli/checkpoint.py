@@ -14,6 +14,7 @@ from fused_adam.cli.exit_codes import CommandError, Exit
 
 if TYPE_CHECKING:
     from fused_adam.checkpoint._held import Held
+    from fused_adam.checkpoint._manifest import Parameter
     from fused_adam.checkpoint._saved import Saved
 
 _ABOUT = "a folder of saves, or one of them"
@@ -96,7 +97,13 @@ def _show(args: argparse.Namespace) -> int:
             "shards": saved.shards,
             "param_groups": contents.param_groups,
             "parameters": [
-                {"name": p.name, "dtype": p.dtype, "shape": p.shape, "arrays": list(p.arrays)}
+                {
+                    "name": p.name,
+                    "dtype": p.dtype,
+                    "shape": p.shape,
+                    "arrays": list(p.arrays),
+                    "dtypes": [a.dtype for a in p.arrays.values()],
+                }
                 for p in contents.parameters
             ],
             "extra": contents.extra,
@@ -113,7 +120,7 @@ def _show(args: argparse.Namespace) -> int:
     ]
     console.table(saved.name, ["", ""], [[name, text] for name, text in about])
     rows = [
-        [str(k), p.dtype, "x".join(map(str, p.shape)) or "()", f"{_text(p.name)}: {', '.join(p.arrays)}"]
+        [str(k), p.dtype, "x".join(map(str, p.shape)) or "()", f"{_text(p.name)}: {', '.join(_arrays(p))}"]
         for k, p in enumerate(contents.parameters)
     ]
     console.table("parameters", ["", "dtype", "shape", "name: arrays"], rows)
@@ -124,6 +131,12 @@ def _group(group: dict[str, Any]) -> str:
     numbers = group["params"]
     which = f"parameters {numbers[0]} to {numbers[-1]}" if numbers else "no parameters"
     return _text(", ".join([which, *(f"{name} {value}" for name, value in group.items() if name != "params")]))
+
+
+def _arrays(parameter: Parameter) -> list[str]:
+    """Their names, with the dtypes of those that have another one than the parameter."""
+    each = parameter.arrays.items()
+    return [name if spec.dtype == parameter.dtype else f"{name} {spec.dtype}" for name, spec in each]
 
 
 def _text(text: str) -> str:

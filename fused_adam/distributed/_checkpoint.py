@@ -15,7 +15,6 @@ from fused_adam import _numbers, _state_dict
 from fused_adam._arrays import Array
 from fused_adam.backends import DeferredInterrupt
 from fused_adam.checkpoint import _api
-from fused_adam.checkpoint._api import without
 from fused_adam.checkpoint._elements import Elements, of_optimizer
 from fused_adam.checkpoint._files import NewSave
 from fused_adam.checkpoint._manifest import PARAMETER, Contents, Parameter, Shard, Spec, plain
@@ -89,7 +88,7 @@ def save(
             numbers = _state_dict.numbers(sharded._model.prototype)
             described = _described(sharded)
             if not params:
-                described = [without(p) for p in described]
+                described = _api.states_of(described)
             kept = plain("extra", dict(extra or {})) if first else {}
             contents = Contents(numbers["optimizer"], numbers["t"], numbers["param_groups"], described, kept)
             if first:

@@ -28,7 +28,7 @@ def local(arrays: Sequence[Array], unscaling: float, dtype: np.dtype[Any], backe
     rows = np.zeros((len(arrays), columns + 2), np.int64)
     rows[:, 0] = [a.size for a in arrays]
     rows[:, columns + 1] = [address(a) for a in arrays]
-    return _numba_norm.total(int(rows[:, 0].sum()), rows, numba_cpu.chunks(rows), [dtype], {dtype: unscaling})
+    return _numba_norm.total(int(rows[:, 0].sum()), rows, numba_cpu.chunks(rows), [dtype.name], [unscaling])
 
 
 def of_all(collective: Collective, total: Total) -> Total:

@@ -127,8 +127,8 @@ class Side:
 def sides(members: Sequence[Member], backend: str, settings: Settings, storage: Storage) -> list[Side]:
     """One for each device, or for each device and t where t is kept there, or where random bits depend on it."""
     for m in members:
-        if m.part.form is not None and (settings.names or m.part.device is not None):
-            what = settings.names or "a GPU"
+        if m.part.form is not None and (settings.counts or m.part.device is not None):
+            what = "count_unmoved" if settings.counts else "a GPU"
             raise ValueError(f"{m.name}: {what} is not offered with {describe(m.part.form)}; leave one of them out")
     on_device = settings.on_device
     if settings.wants_norm and not settings.device_scalars and not settings.counts:
