@@ -12,6 +12,9 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+# Of an array on a GPU whose library says that it holds bfloat16, for which NumPy by itself has no dtype.
+BFLOAT16 = np.dtype([("bfloat16", "u2")])
+
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 # Parameters start on multiples of this many elements in a flat buffer: blocks, norms and shards never straddle two.
 BLOCK = 128
@@ -21,6 +24,8 @@ def kind_of(dtype: np.dtype[Any], declared: str | None = None) -> str:
     """What numbers of a dtype are called, "" if they are not known. declared: what uint16 holds."""
     if dtype == np.uint16:
         return declared or ""
+    if dtype == BFLOAT16:
+        return "bfloat16"
     known = dtype.isnative and dtype.name in ("float64", "float32", "float16", "bfloat16")
     return dtype.name if known else ""
 
@@ -32,6 +37,8 @@ def carrier(kind: str) -> np.dtype[Any]:
 
 def carried(a: Any, kind: str) -> Any:
     """An array in its carrier: the same memory."""
+    if isinstance(a, CudaArray):
+        return replace(a, dtype=carrier(kind))
     return a.view(np.uint16) if kind == "bfloat16" and a.dtype != np.uint16 else a
 
 

@@ -184,10 +184,14 @@ class Optimizer(ABC):
             return
         form, name = part.kept.form, part.names[0].replace("grads", "params", 1)
         _formats.refuse_rule(update.rule, form, name)
-        asked = "count_unmoved" * self.settings.counts or "per_row_step" * self.per_row_step
-        if asked or self._device is not None:
-            what = asked or "a GPU"
-            raise ValueError(f"{name}: {what} is not offered with {_formats.describe(form)}; leave one of them out")
+        on_gpu = self.settings._replace(device_scalars=False).names if self._device is not None else ""
+        asked = on_gpu or "count_unmoved" * self.settings.counts or "per_row_step" * self.per_row_step
+        if asked:
+            raise ValueError(f"{name}: {asked} is not offered with {_formats.describe(form)}; leave one of them out")
+        if self.backend == "numba-cuda":
+            raise ValueError(
+                f"{name}: the numba-cuda backend does not step over {_formats.describe(form)}; install CuPy"
+            )
 
     def _allocate(self, part: Part, states: Sequence[tuple[str, float]], memory: _memory.Memory) -> None:
         """Give a part its states, of which each starts from a value."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fused_adam._arrays import DTYPES, AnyArray, Array, CudaArray, address, carried, kind_of, order, ravel
+from fused_adam._arrays import BFLOAT16, DTYPES, AnyArray, Array, CudaArray, address, carried, kind_of, order, ravel
 from fused_adam._cuda_arrays import LEGACY_STREAM, view
 
 
@@ -38,24 +38,27 @@ def array(name: str, a: Any, stream: int = LEGACY_STREAM) -> AnyArray:
     if found.dtype not in DTYPES:
         if found.dtype.newbyteorder() in DTYPES:
             raise ValueError(f"{name} has the byte order of another machine; pass {name}.astype({found.dtype.name!r})")
-        raise ValueError(f"{name} has dtype {found.dtype}; expected float32 or float64")
+        raise ValueError(f"{name} has dtype {kind_of(found.dtype) or found.dtype}; expected float32 or float64")
     return found
 
 
-def kept(name: str, a: Any, declared: str | None = None) -> tuple[AnyArray, str]:
+def kept(name: str, a: Any, declared: str | None = None, stream: int = LEGACY_STREAM) -> tuple[AnyArray, str]:
     """An array of 64, 32 or 16 bits in its carrier, and what its numbers are called. declared: what uint16 holds.
 
-    Raises TypeError or ValueError; 16 bits are for host memory only.
+    Raises TypeError or ValueError.
     """
-    if isinstance(a, np.ndarray) and not isinstance(a, np.ma.MaskedArray):
-        kind = kind_of(a.dtype, declared)
+    found: AnyArray | None = view(name, a, stream)
+    if found is None and isinstance(a, np.ndarray) and not isinstance(a, np.ma.MaskedArray):
+        found = a
+    if found is not None:
+        kind = kind_of(found.dtype, declared)
         if kind in ("float16", "bfloat16"):
-            if not a.flags.aligned:
+            if found.size and address(found) % 2:
                 raise ValueError(f"{name} is not aligned; pass a copy")
-            return carried(a, kind), kind
-        if a.dtype == np.uint16:
+            return carried(found, kind), kind
+        if found.dtype == np.uint16:
             raise ValueError(f"{name} has dtype uint16; if it holds bfloat16 say so, with dtype='bfloat16'")
-    found = array(name, a)
+    found = array(name, a, stream)
     return found, found.dtype.name
 
 
@@ -119,19 +122,35 @@ def parameters(named: list[tuple[str, Any]], declared: str | None = None) -> tup
     return arrays, [kind for _, kind in found]
 
 
-def kept_gradient(name: str, g: Any, p: AnyArray, declared: str | None) -> tuple[Array, str]:
-    """A gradient of 32 or 16 bits as a 1-D array in the memory order of p, and its kind."""
+def kept_gradient(name: str, g: Any, p: AnyArray, declared: str | None, stream: int = LEGACY_STREAM) -> tuple[Any, str]:
+    """A gradient of 32 or 16 bits as a 1-D array in the memory order of p, and its kind.
+
+    stream: that of the step, for gradients on a GPU.
+    """
     if g is None:
         raise TypeError(f"{name} is None; pass an array, or leave the parameter out of params to freeze it")
-    found, kind = kept(name, g, declared)
-    if not isinstance(found, np.ndarray):
-        raise ValueError(f"{name} is on a GPU but the parameter is in host memory; copy one to where the other is")
+    found, kind = kept(name, g, declared, stream)
     if found.shape != p.shape:
         raise ValueError(f"{name} has shape {found.shape} but the parameter has {p.shape}")
+    together(name, found, "the parameter", p)
     _contiguous(name, found)
-    ordered = np.ascontiguousarray(found) if order(p) == "C" else np.asfortranarray(found)
-    flat: Array = ravel(ordered)
-    return flat, kind
+    if isinstance(found, CudaArray):
+        _same_order_on_device(name, found, p)
+        return ravel(found), kind
+    return ravel(np.ascontiguousarray(found) if order(p) == "C" else np.asfortranarray(found)), kind
+
+
+def one_kind(name: str, kinds: Iterable[str]) -> str:
+    """That of gradients of which the first has this name. Raises ValueError for several."""
+    kind, *more = sorted(set(kinds))
+    if more:
+        raise ValueError(f"gradients from {name} on have the dtypes {', '.join([kind, *more])}; make them alike")
+    return kind
+
+
+def _same_order_on_device(name: str, g: CudaArray, p: AnyArray) -> None:
+    if order(g) != order(p) and g.ndim > 1:
+        raise ValueError(f"{name} is in {order(g)} order but the parameter is in {order(p)} order; make them alike")
 
 
 def gradient(name: str, g: Any, p: AnyArray, stream: int = LEGACY_STREAM) -> Any:
@@ -154,8 +173,7 @@ def gradient(name: str, g: Any, p: AnyArray, stream: int = LEGACY_STREAM) -> Any
     together(name, g, "the parameter", p)
     _contiguous(name, g)
     if isinstance(g, CudaArray):
-        if order(g) != order(p) and g.ndim > 1:
-            raise ValueError(f"{name} is in {order(g)} order but the parameter is in {order(p)} order; make them alike")
+        _same_order_on_device(name, g, p)
         return ravel(g)
     if order(p) == "C":
         return ravel(g if g.flags.c_contiguous else np.ascontiguousarray(g))
@@ -285,7 +303,11 @@ def flatten(named: list[tuple[str, Any]], dtype: Any) -> tuple[list[tuple[int, .
 
 def _flattened(name: str, a: Any) -> Any:
     """An array of a dtype that a flat buffer can have."""
-    return a if isinstance(a, np.ndarray) and kind_of(a.dtype) in ("float16", "bfloat16") else array(name, a)
+    found = view(name, a)
+    if found is not None and found.dtype == BFLOAT16:
+        raise ValueError(f"{name} holds bfloat16, of which NumPy has no dtype of its own; pass dtype='bfloat16'")
+    held: Any = a if found is None and isinstance(a, np.ndarray) else found
+    return held if held is not None and kind_of(held.dtype) in ("float16", "bfloat16") else array(name, a)
 
 
 def _convertible(name: str, a: Any, chosen: np.dtype[Any]) -> Any:
@@ -295,8 +317,6 @@ def _convertible(name: str, a: Any, chosen: np.dtype[Any]) -> Any:
         if not isinstance(a, np.ndarray | np.generic) or isinstance(a, np.ma.MaskedArray):
             raise TypeError(f"{name} should be a NumPy array or one on a GPU, got {kind(a)}")
         found = a
-    if isinstance(found, CudaArray) and chosen not in DTYPES:
-        raise ValueError(f"{name} is on a GPU, where flat buffers are float32 or float64, not {chosen}")
     if found.dtype.kind not in "fiub" and kind_of(found.dtype) != "bfloat16":
         raise ValueError(f"{name} has dtype {found.dtype}, which does not convert to {chosen}")
     return found

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fused_adam._arrays import CudaArray
+from fused_adam._arrays import BFLOAT16, CudaArray
 
 LEGACY_STREAM = 1  # the default stream, as the array protocols number it
 _KIND = {0: "i", 1: "u", 2: "f", 4: "bfloat", 5: "c", 6: "b"}  # DLPack's type codes
@@ -118,6 +118,8 @@ def _from_interface(interface: Any, a: Any) -> CudaArray:
     pointer, read_only = interface["data"]
     shape = tuple(interface["shape"])
     dtype = np.dtype(interface["typestr"])
+    if dtype.kind == "V" and isinstance(own := getattr(a, "dtype", None), np.dtype):
+        dtype = own  # the interface has no word for ml_dtypes' bfloat16
     if interface.get("mask") is not None:
         raise TypeError("it is masked")
     device = device_of(pointer) if pointer and 0 not in shape else -1
@@ -174,11 +176,11 @@ def _from_dlpack(a: Any, stream: int) -> CudaArray:
     else:
         t = _Tensor.from_address(address)
     kind = _KIND.get(t.code)
-    if t.lanes != 1 or kind is None or kind == "bfloat":
+    if t.lanes != 1 or kind is None or (kind == "bfloat" and t.bits != 16):
         raise TypeError(
             f"it holds {kind or 'numbers of an unknown kind'} of {t.bits} bits; expected float32 or float64"
         )
-    dtype = np.dtype("?") if kind == "b" else np.dtype(f"{kind}{t.bits // 8}")
+    dtype = BFLOAT16 if kind == "bfloat" else np.dtype("?") if kind == "b" else np.dtype(f"{kind}{t.bits // 8}")
     shape = tuple(t.shape[: t.ndim])
     strides = tuple(s * dtype.itemsize for s in t.strides[: t.ndim]) if t.strides else None
     order = _order(shape, strides, dtype.itemsize)

@@ -209,7 +209,6 @@ def flatten(tree: Any, dtype: Any = None) -> FlatBuffer:
             DLPack.
         dtype: float32, float64, float16, ml_dtypes' bfloat16, or "bfloat16" for that as uint16, which optimizers take
             with ``dtype="bfloat16"``. By default the arrays' own, which then must be one of these and the same for all.
-            On a GPU float32 or float64.
 
     Raises:
         TypeError: a leaf is not an array. ValueError: there is none, or their dtypes differ or are not supported.
@@ -224,6 +223,7 @@ def flatten(tree: Any, dtype: Any = None) -> FlatBuffer:
     flat = FlatBuffer(Layout.of(tree, shapes, chosen), _memory.like(arrays[0][1]))
     for (_, source), part, shape in zip(arrays, flat.views, shapes, strict=True):
         if chosen == np.uint16:
-            source = _storage.encoded(np.asarray(source, np.float32).reshape(-1), chosen).reshape(shape)
+            host = np.asarray(_memory.on_host(source), np.float32)
+            source = _storage.encoded(host.reshape(-1), chosen).reshape(shape)
         flat.memory.assign(part.reshape(shape), source)
     return flat

@@ -34,7 +34,7 @@ class SGD(Optimizer):
         params: an array, a FlatBuffer, dicts, lists and tuples of arrays nested as they like, or a list of group dicts
             ``{"params": ..., "lr": ...}``. Arrays are float32 or float64, C- or Fortran-contiguous and writable, all
             in host memory (NumPy) or all on one GPU (CuPy, Numba, or anything with ``__cuda_array_interface__`` or
-            DLPack); they are updated in place. In host memory also float16 or bfloat16, computed in float32.
+            DLPack); they are updated in place. Also float16 or bfloat16, computed in float32; on a GPU with CuPy.
         lr: learning rate, >= 0.
         momentum: >= 0. dampening: any number. nesterov: needs momentum > 0 and dampening = 0.
         weight_decay: L2 penalty, >= 0.

@@ -49,7 +49,7 @@ class Part:
                 self.master = FlatBuffer(replace(layout, dtype=carrier(self.kept.form.master)), memory)
             if self.kept.form.master == "float32":
                 for row, p in zip(self.master_rows, self.parameters, strict=True):
-                    row[:] = _storage.decoded(ravel(p))
+                    memory.assign(row, _storage.decoded(_on_host(p)))
         for name, p in zip(self.names, self.parameters, strict=True):
             rows = _row_checks.rows(name.replace("grads", "params", 1), p, needed=False)[0] if per_row_step else 0
             self.row_steps.append(np.zeros(rows, np.int64) if per_row_step else None)
@@ -103,11 +103,11 @@ class Part:
             if not self.in_8_bits:
                 rows = {name: _storage.decoded(row) for name, row in rows.items()}
             if self.master is not None:
-                low = self.master.views[k]
-                rows[MASTER] = low.copy() if low.dtype == np.float32 else _storage.joined(ravel(p), low)
+                low = self.master.memory.to_host(self.master.views[k])
+                rows[MASTER] = low if low.dtype == np.float32 else _storage.joined(_on_host(p), low)
         saved = {name: row.reshape(p.shape, order=how) for name, row in rows.items()}
         if self.scales is not None:
-            saved[SCALES] = self.scales.views[k].copy()
+            saved[SCALES] = self.scales.memory.to_host(self.scales.views[k])
         return saved if steps is None else saved | {ROW_STEPS: steps.copy()}
 
     def writes(self, k: int, name: str, given: Mapping[str, Any], t: int) -> list[tuple[Callable[..., Any], Any]]:
@@ -128,13 +128,13 @@ class Part:
             if key == ROW_STEPS:
                 continue
             if coded and key in _int8.CODES:
-                _int8.check_codes(f'{name}["{key}"]', given[key], p.shape, _int8.CODES[key])
+                _int8.check_codes(f'{name}["{key}"]', _memory.on_host(given[key]), p.shape, _int8.CODES[key])
             else:
                 _checks.state(f'{name}["{key}"]', given[key], p.shape, self.dtype)
             # 1-D and of one layout, so that nothing allocates, and so nothing fails, once the writing begins
             rows[key] = ravel(np.array(_memory.on_host(given[key]), order="C" if order(p) == "C" else "F"))
         if coded:
-            rows[SCALES] = _int8.checked_scales(f'{name}["{SCALES}"]', given[SCALES], rows["m"])
+            rows[SCALES] = _int8.checked_scales(f'{name}["{SCALES}"]', _memory.on_host(given[SCALES]), rows["m"])
         calls: list[tuple[Callable[..., Any], Any]] = []
         if steps is not None:
             found = _row_checks.row_steps(f'{name}["{ROW_STEPS}"]', given[ROW_STEPS], steps, t)
@@ -161,7 +161,7 @@ class Part:
                 rows = _int8.to_floats(rows["m"], rows["v"], rows[SCALES])
             rows = {key: _storage.encoded(row, self._carrier(key)) for key, row in rows.items()}
         if master is not None and self.master is not None:
-            p, beside = ravel(self.parameters[k]), self.master.layout.dtype
+            p, beside = _on_host(self.parameters[k]), self.master.layout.dtype
             wide = beside == np.float32
             rounded, low = (_storage.encoded(master, p.dtype), master) if wide else _storage.split(master, beside)
             if not np.array_equal(rounded, p):
@@ -179,6 +179,11 @@ class Scales:
         data = memory.zeros(layout.total // 32, np.dtype(np.uint16))
         self.views = [data[s.offset // 32 :][: 2 * _int8.blocks(s.size)] for s in layout.segments]
         self.runs = [data[start // 32 :][: 2 * _int8.blocks(end - start)] for start, end in layout.runs]
+
+
+def _on_host(p: AnyArray) -> Array:
+    """A parameter's elements in memory order."""
+    return _memory.on_host(ravel(p))
 
 
 def _row(a: Any) -> AnyArray:

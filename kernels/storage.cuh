@@ -6,6 +6,8 @@
 
 typedef unsigned Word;
 
+enum Kind { NONE, FLOAT32, FLOAT16, BFLOAT16, SPLIT16, SPLIT8, INT8 };
+
 __device__ __forceinline__ Word bits_of(f32 x) { return __float_as_uint(x.x); }
 __device__ __forceinline__ f32 float_of(Word bits) { return {__uint_as_float(bits)}; }
 
@@ -109,7 +111,7 @@ struct Draw {
     __device__ __forceinline__ Word noise(int j) const { return words[j / 2] >> (j % 2 * 16) & 0xffff; }
 };
 
-// For the 8 elements from canonical index `first`, a multiple of 8, on. stream: 0 for p, 1 and so on for its states.
+// For the 8 elements, from one whose canonical index is a multiple of 8 on, of which `first` is one. stream: 0 for p, 1 and so on for its states.
 __device__ __forceinline__ Draw draw(unsigned long long seed, unsigned long long t, unsigned long long first, Word stream) {
     const unsigned long long number = first / 8;
     Draw d = {{
@@ -131,36 +133,84 @@ struct Scales {
 __device__ __forceinline__ Scales scales_of(Word kept) { return {float_of(kept << 16), float_of(kept & 0xffff0000)}; }
 __device__ __forceinline__ Word word_of(Scales s) { return bits_of(s.rho) >> 16 | bits_of(s.v); }
 
-// A byte as a float, by the exponent of 2**23, which is faster than a conversion.
-__device__ __forceinline__ f32 from_byte(Word x) { return float_of(0x4b000000 | x) - f32{0x1p23f}; }
-__device__ __forceinline__ f32 from_signed_byte(Word x) { return float_of(0x4b000000 | (x ^ 0x80)) - f32{0x1p23f + 128}; }
+constexpr Word INTEGER = 0x4b000000;  // 2**23, whose lower bits are those of an integer: faster than a conversion
 
-// The integer below x, for x from 0 to 2**23.
+// Byte j of a word as a float.
+__device__ __forceinline__ f32 from_byte(Word w, int j) {
+    return float_of(__byte_perm(w, INTEGER, 0x7650 + j)) - f32{0x1p23f};
+}
+__device__ __forceinline__ f32 from_signed_byte(Word w, int j) {
+    return float_of(__byte_perm(w ^ 0x80808080, INTEGER, 0x7650 + j)) - f32{0x1p23f + 128};
+}
+
+// The integer below x, for x from 0 to 2**23, in the lower bits of INTEGER.
 __device__ __forceinline__ Word floor_of(f32 x) {
 #if defined(__CUDA_ARCH__)
     float y;
     asm("add.rz.f32 %0, %1, 0f4B000000;" : "=f"(y) : "f"(x.x));
-    return __float_as_uint(y) & 0x7fffff;
+    return __float_as_uint(y);
 #else
-    return static_cast<Word>(x.x);
+    return INTEGER + static_cast<Word>(x.x);
 #endif
 }
 
-// q_m, q_v: a byte each. The factors are 1 / 255 and 1 / 127.
-__device__ __forceinline__ void decode_int8(Scales scales, Word q_m, Word q_v, f32& m, f32& v) {
-    const f32 x = from_byte(q_v) * f32{0x1.010102p-8f}, y = from_signed_byte(q_m) * f32{0x1.020408p-7f};
+// The root of 0, and of x from 2**-101 on: what the instruction for a root expands to, without the guard that takes all
+// other numbers elsewhere. Of what is between, any number from 0 to 2**-50.
+__device__ __forceinline__ f32 root(f32 x) {
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("{ .reg .f32 y, s, h, e;"
+        " max.f32 y, %1, 0f0D000000; rsqrt.approx.ftz.f32 y, y; mul.rn.ftz.f32 s, %1, y; mul.rn.ftz.f32 h, y, 0f3F000000;"
+        " neg.f32 e, s; fma.rn.f32 e, e, s, %1; fma.rn.f32 %0, e, h, s; }"
+        : "=f"(y)
+        : "f"(x.x));
+    return {y};
+#else
+    return sqrt(x);
+#endif
+}
+
+// q_m, q_v: byte j of each. The factors are 1 / 255 and 1 / 127.
+__device__ __forceinline__ void decode_int8(Scales scales, Word q_m, Word q_v, int j, f32& m, f32& v) {
+    const f32 x = from_byte(q_v, j) * f32{0x1.010102p-8f}, y = from_signed_byte(q_m, j) * f32{0x1.020408p-7f};
     const f32 s = scales.v * (x * x);
     v = s * s;
     m = (scales.rho * (y * absolute(y))) * s;
 }
 
-// What is encoded in the place of m and v: rho and s, or 0 for what is not kept.
-__device__ __forceinline__ void ratio(f32& m, f32& v) {
-    const f32 s = sqrt(v), rho = m / s, zero = {0.0f};
+// What is encoded in the place of m and v: rho and s, or 0 for what is not kept. s: the root of v.
+__device__ __forceinline__ void ratio(f32& m, f32& v, f32 s) {
+    const f32 rho = m / s, zero = {0.0f};
     const bool kept = bits_of(v) - 0x03800000 < 0x7f000000 - 0x03800000 && is_finite(bits_of(rho));
     m = kept ? rho : zero;
     v = kept ? s : zero;
 }
+
+// A number that remembers a root and what it is the root of, through all that is made of it. A rule takes the root of v,
+// and so does what encodes v.
+struct Traced {
+    float x;
+    bool traced = false;
+    f32 of = {}, root = {};
+};
+#define FUSED_ADAM_TRACED(operator_)                                                                                   \
+    __device__ __forceinline__ Traced operator operator_(Traced a, Traced b) {                                         \
+        const float x = (f32{a.x} operator_ f32{b.x}).x;                                                               \
+        return {x, a.traced || b.traced, b.traced ? b.of : a.of, b.traced ? b.root : a.root};                          \
+    }
+FUSED_ADAM_TRACED(+)
+FUSED_ADAM_TRACED(-)
+FUSED_ADAM_TRACED(*)
+FUSED_ADAM_TRACED(/)
+#undef FUSED_ADAM_TRACED
+__device__ __forceinline__ Traced sqrt(Traced a) {
+    const f32 root = sqrt(f32{a.x});
+    return {root.x, true, {a.x}, root};
+}
+__device__ __forceinline__ f32 root_of(f32 x, Traced known) {
+    return known.traced && bits_of(known.of) == bits_of(x) ? known.root : sqrt(x);
+}
+__device__ __forceinline__ f32 root_of(f32 x, f32) { return sqrt(x); }
 
 // A scale for a block whose largest element is this.
 __device__ __forceinline__ f32 rescaled(Word largest, f32 old) {
@@ -174,27 +224,33 @@ __device__ __forceinline__ f32 inverse(f32 scale) {
     return bits_of(scale) ? f32{1.0f} / scale : f32{0.0f};
 }
 
-// The upper 24 bits as a fraction.
-__device__ __forceinline__ f32 fraction(Word hashed) {
-    return f32{static_cast<float>(hashed >> 8)} * f32{0x1p-24f};
+// x and the upper 24 bits as a fraction, which is exact, so that there is one rounding in any case.
+__device__ __forceinline__ f32 dithered(f32 x, Word hashed) {
+    const float upper = static_cast<float>(hashed >> 8);
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("fma.rn.f32 %0, %1, 0f33800000, %2;" : "=f"(y) : "f"(upper), "f"(x.x));
+    return {y};
+#else
+    return x + f32{upper} * f32{0x1p-24f};
+#endif
 }
 
-// What LANES threads of a warp that follow each other hold, each N elements of a block that begins with those of the
-// first: codes for them, as bytes, in q_m and q_v. m and v are written over. Returns the block's scales from now on. All
-// threads of the warp take part; absent elements are 0, and padding's codes are 0.
+// What LANES threads of a warp that follow each other hold, each of N elements of a block, which begins with those of the
+// first, what `ratio` gives: codes for it, as the lowest bytes of words, in q_m and q_v. Returns the block's scales from
+// now on. All threads of the warp take part; absent elements are 0, and padding's codes are 0.
 //
 // index: the canonical index of the thread's first element, mod 2**32. t: the step that made m and v, mod 2**32.
 template <int LANES, int N>
 __device__ __forceinline__ Scales encode_int8(
-    f32 (&m)[N], f32 (&v)[N], Scales old, Word index, Word t, Word (&q_m)[N], Word (&q_v)[N]
+    const f32 (&rho)[N], const f32 (&s)[N], Scales old, Word index, Word t, Word (&q_m)[N], Word (&q_v)[N]
 ) {
     static_assert(LANES * N == 64, "a block has 64 elements");
     Word most_rho = 0, most_s = 0;  // bits of numbers that are not negative have their order
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-        ratio(m[k], v[k]);
-        most_rho = most(most_rho, bits_of(m[k]) & MAGNITUDE);
-        most_s = most(most_s, bits_of(v[k]));
+        most_rho = most(most_rho, bits_of(rho[k]) & MAGNITUDE);
+        most_s = most(most_s, bits_of(s[k]));
     }
 #pragma unroll
     for (int stride = LANES / 2; stride > 0; stride /= 2) {
@@ -206,10 +262,12 @@ __device__ __forceinline__ Scales encode_int8(
     const Word of_m = index * 0x85ebca77 + t * 0x9e3779b9, of_v = index * 0x9e3779b1 + t * 0x9e3779b9;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-        const Word code = floor_of(d255 * sqrt(v[k] * by_v) + fraction(of_v + k * 0x9e3779b1));
-        q_v[k] = bits_of(v[k]) ? least(most(code, 1), 255) : 0;
-        const Word size = least(floor_of(d127 * sqrt(absolute(m[k]) * by_rho) + fraction(of_m + k * 0x85ebca77)), 127);
-        q_m[k] = (bits_of(m[k]) >> 31 ? 0 - size : size) & 0xff;
+        // A root of less than 2**-50 shows in no code.
+        const Word code = least(floor_of(dithered(d255 * root(s[k] * by_v), of_v + k * 0x9e3779b1)), INTEGER + 255);
+        q_v[k] = bits_of(s[k]) ? most(code, INTEGER + 1) : code;
+        const f32 size = d127 * root(absolute(rho[k]) * by_rho);
+        const Word upper = least(floor_of(dithered(size, of_m + k * 0x85ebca77)), INTEGER + 127);
+        q_m[k] = bits_of(rho[k]) >> 31 ? 0 - upper : upper;
     }
     return scales;
 }

@@ -17,6 +17,7 @@ from typing import Any
 
 import fake_guard
 import fake_rows
+import fake_stored
 import host_kernel
 import numpy as np
 
@@ -79,6 +80,11 @@ def _allocate(nbytes: int) -> Any:
     _memory[inside.ctypes.data] = (nbytes, room)
     bisect.insort(_starts, inside.ctypes.data)
     return inside
+
+
+def held() -> int:
+    """Bytes of device memory that were allocated so far."""
+    return sum(size for size, _ in _memory.values())
 
 
 def check_guards() -> None:
@@ -303,6 +309,8 @@ def held_to(text: str, name: str) -> tuple[Any, Any]:
     itemsize = 8 if "typedef double Number;" in text else 4
     if "struct Gathered" in text:
         return fake_rows.ARGUMENTS, fake_rows.checker(text)
+    if "constexpr Kind P" in text:
+        return fake_stored.layout(text), fake_stored.checker(text)
     if name == "prologue":
         return fake_guard.PROLOGUE, fake_guard.check_prologue
     if name.startswith("norm_"):

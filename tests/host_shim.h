@@ -62,6 +62,12 @@ inline double __longlong_as_double(long long x) { return host_bits<double>(x); }
 inline long long __double_as_longlong(double x) { return host_bits<long long>(x); }
 inline float __uint_as_float(unsigned x) { return host_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return host_bits<unsigned>(x); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const unsigned long long bytes = x | static_cast<unsigned long long>(y) << 32;
+    unsigned z = 0;
+    for (int k = 0; k < 4; ++k) z |= (bytes >> 8 * (selector >> 4 * k & 7) & 0xff) << 8 * k;
+    return z;
+}
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 
 typedef unsigned long long HostWord;

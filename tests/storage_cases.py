@@ -160,8 +160,9 @@ def names() -> list[str]:
     return re.findall(r"\w+", listed.lower())
 
 
-def host(name: str, tile: Tile) -> None:
-    launch = build(kernel(), "convert")
+def host(name: str, tile: Tile, text: str = "") -> None:
+    """text: of another kernel than the tests' own."""
+    launch = build(text or kernel(), "convert")
     arguments = np.zeros((), ARGUMENTS)
     arguments["what"], arguments["n"] = names().index(name), tile.p.size
     for field in ("seed", "t", "first", "stream"):

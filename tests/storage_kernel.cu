@@ -29,6 +29,7 @@ __device__ __forceinline__ void blocks(const Arguments& a) {
         for (int k = 0; k < N; ++k) {
             m[k] = {i + k < a.n ? a.x[i + k] : 0.0f};
             v[k] = {i + k < a.n ? a.y[i + k] : 0.0f};
+            ratio(m[k], v[k], sqrt(v[k]));
         }
         Word* kept = i / 64 * 64 < a.n ? a.scales + i / 64 : nullptr;
         const Scales s = encode_int8<LANES>(m, v, scales_of(kept ? *kept : 0), a.first + i, a.t, q_m, q_v);
@@ -64,7 +65,7 @@ extern "C" __global__ void convert(const __grid_constant__ Arguments a) {
                 break;
             case FILL_NOISE: a.noise[i] = draw(a.seed, a.t, a.first + i / 8 * 8, a.stream).noise(i % 8); break;
             case DECODE_INT8:
-                decode_int8(scales_of(a.scales[i / 64]), a.q_m[i], a.q_v[i], m, v), a.x[i] = m.x, a.y[i] = v.x;
+                decode_int8(scales_of(a.scales[i / 64]), a.q_m[i], a.q_v[i], 0, m, v), a.x[i] = m.x, a.y[i] = v.x;
         }
     }
 }

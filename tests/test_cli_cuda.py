@@ -267,6 +267,34 @@ def test_kernel_prints_all_that_cupy_compiles(cupy, capsys, rule):
     assert run(capsys, "kernel", rule, "--dtype", "float64")[:2] == (2, "")
 
 
+def test_kernel_prints_any_format(cupy, capsys):
+    argv = "--full --dtype bfloat16 --state-dtype int8 --master split8 --stochastic-rounding".split()
+    status, out, _ = run(capsys, "kernel", "adamw", *argv)
+    p, g = (cupy.zeros(3, np.uint16) for _ in range(2))
+    how = {"state_dtype": "int8", "master": "split8", "stochastic_rounding": True}
+    fused_adam.AdamW([p], dtype="bfloat16", **how).step([g])
+    assert status == 0 and fake_cupy.compiled[-1] == out
+    argv = "--full --dtype bfloat16 --gradient-dtype float32".split()
+    status, out, _ = run(capsys, "kernel", "lion", *argv)
+    fused_adam.Lion([p], dtype="bfloat16").step([cupy.zeros(3, np.float32)])
+    assert status == 0 and fake_cupy.compiled[-1] == out
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        ("adamw --master split8", "formats need --full"),
+        ("rmsprop --full --dtype bfloat16", "the rule rmsprop is not offered with bfloat16 parameters"),
+        ("adamw --full --dtype float16 --master split8", "float16 parameters .* is not offered; there are"),
+        ("adamw --full --gradient-dtype bfloat16", "float32 parameters alone have float32 gradients"),
+        ("adamw --full --dtype bfloat16 --gradient-dtype float16", "bfloat16 parameters with float16 gradients"),
+    ],
+)
+def test_kernel_refuses_formats_that_are_not_offered(capsys, argv, why):
+    status, out, said = run(capsys, "kernel", *argv.split())
+    assert (status, out) == (2, "") and re.search(why, said)
+
+
 # --- without a GPU ----------------------------------------------------------------------------------------------------
 
 
@@ -328,7 +356,7 @@ def test_digits_reach_97_percent_on_a_gpu(capsys):
     [
         (["train"], ["--device {cpu,cuda}", "CuPy", "numba-cuda"]),
         (["verify"], ["--backend {cupy,numba-cuda,numba,numpy}"]),
-        (["kernel"], ["--full", "--dtype {float32,float64}"]),
+        (["kernel"], ["--full", "--dtype {float32,float64,float16,bfloat16}"]),
     ],
 )
 def test_the_help_names_them(capsys, argv, words):

@@ -10,12 +10,15 @@ from functools import partial
 from types import SimpleNamespace
 
 import fake_cupy
+import fake_stored
 import numpy as np
 import pytest
-from fused_adam.bench.gpu import arrays, bits, bits_device, bits_guard, peers, speed, subject, worker
+from fused_adam.bench.gpu import arrays, bits, bits_device, bits_guard, bits_stored, peers, speed, subject, worker
 from fused_adam.bench.gpu.clock import Gpu
 from fused_adam.bench.gpu.peers import Tensors
 from fused_adam.bench.gpu.worker import Different, Skipped
+
+from fused_adam.backends import _cuda_stored
 
 ROOM = [2**40]
 
@@ -143,6 +146,41 @@ def test_replays(cupy, monkeypatch):
     assert note == {"note": "t 7, 3 skipped"}
 
 
+def test_numbers_in_16_and_8_bits(cupy, monkeypatch):
+    monkeypatch.setattr(bits_stored, "REPLAYS", 3)
+    monkeypatch.setattr(bits_stored, "SHAPES", bits_stored.SHAPES[:4])
+    lib = arrays.library("cupy")
+    assert len(bits_stored.kernels()) == 57 and len(bits_stored.cases()) == 57 + 3
+    for name, run, *arguments in bits_stored.cases()[:8]:
+        assert run(lib, "cupy", *arguments) is None, name
+    bits_stored.replay_case(lib, "cupy")
+    for name, value in (("_TILE", 64 * 9), ("_WINDOW", 128)):
+        monkeypatch.setattr(bits_stored, name, value)
+    bits_stored.large_case(lib, "cupy", 5001)
+    held = fake_cupy.held
+    monkeypatch.setattr(Pool, "total_bytes", lambda self: held())
+    note = bits_stored.memory_case(lib, "cupy", 2**16)["note"]
+    assert note == "5.0625 bytes a parameter beside the gradient, at most 1.0000 times the arrays"
+    monkeypatch.setattr(Pool, "total_bytes", lambda self: 2 * held())
+    with pytest.raises(Different, match="bytes a parameter, at most"):
+        bits_stored.memory_case(lib, "cupy", 2**16)
+    with pytest.raises(Skipped, match="only CuPy steps over numbers in 16 and 8 bits"):
+        bits_stored.replay_case(lib, "numba-cuda")
+
+
+def test_wrong_bytes_in_16_and_8_bits_are_found(cupy, monkeypatch):
+    """A step number that the kernel does not see changes random bits and dithers."""
+    monkeypatch.setattr(_cuda_stored.StoredLaunch, "__call__", _cuda_stored._cuda.StepLaunch.__call__)
+    monkeypatch.setattr(fake_stored, "checker", lambda text: lambda a, blocks: None)
+    lib = arrays.library("cupy")
+    cases = {name: arguments for name, _, *arguments in bits_stored.cases()}
+    with pytest.raises(Different, match="stochastic False, flat False: parameter 0"):
+        bits_stored.stored_case(lib, "cupy", *cases["stored adamw bfloat16 bfloat16 int8 split8"])
+    monkeypatch.setattr(bits_stored, "_TILE", 64 * 9)
+    with pytest.raises(Different, match="m from element 0"):
+        bits_stored.large_case(lib, "cupy", 5001)
+
+
 def test_a_wrong_window_and_a_stale_gradient_are_found(cupy, monkeypatch):
     for name, value in (("_TILE", 1021), ("_WINDOW", 64), ("_LARGE", (("sgd", 70_000),))):
         monkeypatch.setattr(bits_device, name, value)
@@ -161,13 +199,16 @@ def test_the_speed_cases(cupy, monkeypatch):
     monkeypatch.setattr(speed, "MANY", ((9, 2**10),))
     monkeypatch.setattr(speed, "wall_times", partial(speed.wall_times, sample_s=1e-4))
     monkeypatch.setattr(speed, "values_case", lambda clock, free, values=speed.values_case: values(clock, free, 2**10))
+    monkeypatch.setattr(speed, "stored_case", lambda clock, free, stored=speed.stored_case: stored(clock, free, 2**10))
     monkeypatch.setattr(speed, "host_case", lambda clock, host=speed.host_case: host(clock, more=10))
     found = {case.name: worker._outcome(case) for case in speed.cases()}
-    assert list(found) == ["2^10", "2^12", "9 x 2^10", "9 x 2^10, 8 groups", "host time", "values"]
+    assert list(found) == ["2^10", "2^12", "9 x 2^10", "9 x 2^10, 8 groups", "host time", "values", "stored"]
     assert {e["status"] for e in found.values()} == {"ok"}, found
     assert set(found["2^10"]["samples"]["device"]) >= {"cupy", "roof", "copy"}
     assert set(found["9 x 2^10, 8 groups"]["samples"]["end to end"]) >= {"cupy", "cupy list"}
     assert set(found["values"]["samples"]["device"]) == {"random", "zero gradients", "subnormal"}
+    stored = {f"{kind}{v}" for kind in ("12 bytes", "bf16") for v in ("", ", zeros", ", subnormal")}
+    assert set(found["stored"]["samples"]["device"]) == stored | {"copy, 12 bytes", "copy, bf16"}
     assert {"list of 1,000", "flat buffer of 20"} <= set(found["host time"]["samples"]["host"])
     for e in found.values():  # PyTorch and Numba do not fall for this GPU
         assert all("torch" in name or "numba" in name for name in e.get("absent", {})), e["absent"]
@@ -196,10 +237,9 @@ def test_the_clock(cupy):
 
 def test_what_the_tools_look_at(cupy, monkeypatch):
     subject.small()
-    assert len(fake_cupy.launches) == 16
-    assert {name for name, *_ in fake_cupy.launches} == {
-        f"{n}_{t}" for n in ("adamw", "sgd", "adamw_rows") for t in ("f32", "f64")
-    }
+    assert len(fake_cupy.launches) == 20
+    plain = {f"{n}_{t}" for n in ("adamw", "sgd", "adamw_rows") for t in ("f32", "f64")}
+    assert {name for name, *_ in fake_cupy.launches} == plain | {"adamw_bf16_bf16_int8_split8_stochastic"}
     monkeypatch.setattr(subject, "LARGE", 5000)
     subject.large()
-    assert fake_cupy.launches[16:] == [("adamw_f32", 3, 0)] * 5
+    assert fake_cupy.launches[20:] == [("adamw_f32", 3, 0)] * 5

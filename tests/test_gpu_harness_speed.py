@@ -136,7 +136,13 @@ def full(slow=()):
     entries = [speed_entry(x, 1e-3, 0.9e-3 if speed.name_of(x) in slow else 1.2e-3) for x in shapes]
     kinds = {"flat buffer of 20": 12e-6, "list of 1,000": 80e-6 if "host" in slow else 39e-6}
     values = {"random": 1.0, "zero gradients": 1.04, "subnormal": 1.01}
-    for case, way, times in (("host time", "host", kinds), ("values", "device", values)):
+    stored = {"torch fused": 2.7, "12 bytes": 1.2, "bf16": 1.3, "copy, 12 bytes": 1.1, "copy, bf16": 1.24}
+    stored |= {f"{kind}, {v}": 1.4 for kind in ("12 bytes", "bf16") for v in ("zeros", "subnormal")}
+    for case, way, times in (
+        ("host time", "host", kinds),
+        ("values", "device", values),
+        ("stored", "device", stored),
+    ):
         samples = {way: {name: [s] * 3 for name, s in times.items()}}
         entries.append({"part": "speed", "shard": "0/1", "case": case, "status": "ok", "samples": samples})
     for seconds in (1.2, 1.4, 9.0):
@@ -151,7 +157,7 @@ def full(slow=()):
 
 def test_targets():
     found = summary.targets(record.collect(ABOUT, full()))
-    assert len(found) == 11 and [t for t in found if not t.passed] == []
+    assert len(found) == 14 and [t for t in found if not t.passed] == []
     by_name = {t.name: t for t in found}
     assert by_name["of the roof, 2^26 up"].measured == pytest.approx(0.98)
     assert by_name["of the copy rate, 2^26 up"].measured == pytest.approx(0.95)
@@ -159,6 +165,9 @@ def test_targets():
     assert (
         by_name["first step, empty cache"].measured == 1.4 and by_name["zeros, subnormals to random"].measured == 1.04
     )
+    assert by_name["12 bytes over torch fused"].measured == pytest.approx(2.25)
+    assert by_name["bf16 of the copy rate"].measured == pytest.approx(1.24 / 1.3)
+    assert by_name["stored zeros, subnormals"].measured == pytest.approx(1.4 / 1.2)
     slow = ("2^10", "2^24", "1,000 x 2^16", "host")
     missed = {t.name: t.missed for t in summary.targets(record.collect(ABOUT, full(slow))) if not t.passed}
     assert missed == {
@@ -190,7 +199,7 @@ def test_any_part_of_a_record_makes_a_table(n, capsys):
     summary.show(found, targets)
     out = capsys.readouterr().out
     assert "cases (NVIDIA H200)" in out and ("not measured" in out) == (n < 20)
-    assert len(targets) == 11 and (n > 0 or not any(t.passed for t in targets))
+    assert len(targets) == 14 and (n > 0 or not any(t.passed for t in targets))
     json.dumps(summary.as_json(targets), allow_nan=False)
 
 

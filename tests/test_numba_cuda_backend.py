@@ -175,3 +175,9 @@ def test_pickle(cuda):
     opt.step([cuda.to_device(a) for a in arrays(seed=2)])
     ours, theirs = (o.param_groups[0]["params"].data.get() for o in (opt, again))
     assert same_bits(ours, theirs) and isinstance(again.param_groups[0]["params"].data, fake_numba.DeviceNDArray)
+
+
+def test_numbers_in_16_bits_are_refused(cuda):
+    p = cuda.to_device(np.ones(5, np.float16))
+    with pytest.raises(ValueError, match=r"numba-cuda backend does not step over float16 parameters .*install CuPy"):
+        fused_adam.AdamW(p)

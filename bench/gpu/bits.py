@@ -1,7 +1,7 @@
 """Byte for byte what NumPy gives: every rule, any size, any place in memory, any table of segments.
 
 The cases of a backend, most telling first; what only a real device can show is in bits_device.py, steps over rows in
-bits_rows.py, scaled and clipped gradients in bits_guard.py, PyTorch in bits_torch.py.
+bits_rows.py, scaled and clipped gradients in bits_guard.py, 16 and 8 bits in bits_stored.py, PyTorch in bits_torch.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fused_adam._codegen import Rule, bind
 from fused_adam._cuda_arrays import view
 from fused_adam.backends import Loose, Rows, load
 
-from . import bits_api, bits_device, bits_guard, bits_rows, bits_torch
+from . import bits_api, bits_device, bits_guard, bits_rows, bits_stored, bits_torch
 from .arrays import Library, library, same, usable
 from .bits_tables import shared
 from .worker import Case
@@ -161,6 +161,7 @@ def cases(backend: str) -> list[Case]:
         *(case(*row) for row in bits_api.first_cases(dtypes)),
         *(case(*row) for row in bits_device.cases()),
         *(case(*row) for row in bits_guard.cases(dtypes)),
+        *(case(*row) for row in bits_stored.cases()),
         *(case(*row) for row in bits_rows.cases(dtypes)),
         *(case(*row) for row in bits_torch.cases(dtypes)),
         *(case(f"{n} segments {t}", table_case, t, n) for t in dtypes for n in COUNTS),

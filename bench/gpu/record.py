@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from . import speed_stored
 from .journal import Entry
 
 _PACKAGES = ("fused_adam", "numpy", "cupy-cuda13x", "cupy-cuda12x", "cupy", "numba", "numba-cuda", "torch", "triton")
@@ -118,6 +119,11 @@ def ratios(e: Entry) -> dict[str, float]:
             compare(f"{ours} over torch fused, {way}", way, "torch fused", ours)
     for values in ("zero gradients", "subnormal"):
         compare(values, "device", values, "random")
+    for kind in speed_stored.KINDS:
+        compare(f"{kind} over torch fused", "device", speed_stored.FUSED, kind)
+        compare(f"{kind} of the copy rate", "device", speed_stored.copy_of(kind), kind)
+        for values in filter(None, speed_stored.VALUES):
+            compare(f"{kind}{values}", "device", f"{kind}{values}", kind)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import fused_adam
 
-from . import peers
+from . import peers, speed_stored
 from .arrays import bridge
 from .clock import Call, Clock, Gpu, Samples, device_times, host_times, wall_times
 from .peers import HYPER, Tensors
@@ -165,6 +165,15 @@ def values_case(clock: Clock, free: Callable[[], int], n: int = 2**28) -> dict[s
     return {"elements": n, "samples": _short({"device": device_times(clock, calls, 15, cold=False)})}
 
 
+def stored_case(clock: Clock, free: Callable[[], int], n: int = 2**28) -> dict[str, Any]:
+    """Numbers in 16 and 8 bits, with gradients that are random, zero and subnormal."""
+    _room(free, (2 * 16 + 3 * 14 + 2 * 14) * n)
+    field = Field(clock)
+    found = _short(speed_stored.samples(clock, field.enter, n))
+    free()
+    return {"elements": n, "samples": found, "absent": field.absent}
+
+
 def _race_case(clock: Clock, free: Callable[[], int], x: Tensors, candidates: Candidates) -> dict[str, Any]:
     return race(clock, x, candidates, free, rounds=25 if x.elements <= 2**26 else 11)
 
@@ -184,6 +193,7 @@ def cases() -> list[Case]:
     found[6:6] = [
         ("host time", partial(host_case, clock)),
         ("values", partial(values_case, clock, free_bytes)),
+        ("stored", partial(stored_case, clock, free_bytes)),
     ]
     return [Case(name, partial(_reported, bridged, run), limit=90.0) for name, run in found]
 

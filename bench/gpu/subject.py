@@ -37,6 +37,8 @@ def small() -> None:
             assert all(a.get().tobytes() == b.tobytes() for a, b in zip(device, host, strict=True))
         for lazy in (False, True):
             _rows(cupy, rng, dtype, lazy)
+    for late in (False, True):
+        _stored(cupy, late)
 
 
 def _rows(cupy: Any, rng: Any, dtype: Any, lazy: bool) -> None:
@@ -51,6 +53,20 @@ def _rows(cupy: Any, rng: Any, dtype: Any, lazy: bool) -> None:
             some = [fused_adam.SparseGrad(r, put(v), lazy) for r, v in zip(rows, values, strict=True)]
             opt.step([*some, put(np.ones((7, 3), dtype))])
     assert all(a.get().tobytes() == b.tobytes() for a, b in zip(device, host, strict=True))
+
+
+def _stored(cupy: Any, late: bool) -> None:
+    """16 and 8 bits, and scales of blocks; all at once or, of an array that starts an element late, each by itself."""
+    how: dict[str, Any] = {"dtype": "bfloat16", "state_dtype": "int8", "master": "split8", "stochastic_rounding": True}
+    p, g = (np.full(n, 0x3C00, np.uint16) for n in (4099, 4099))
+    device, given = (
+        cupy.asarray(np.append(np.zeros(1, np.uint16), a))[1:] if late else cupy.asarray(a) for a in (p, g)
+    )
+    ours, expected = fused_adam.AdamW(device, **how), fused_adam.AdamW(p, **how)
+    for _ in range(2):
+        ours.step(given)
+        expected.step(g)
+    assert device.get().tobytes() == p.tobytes()
 
 
 def large() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fused_adam.cli import console
 
-from . import speed
+from . import speed, speed_stored
 
 FAILED = ("failed", "started")  # a case that was started and has no other outcome was killed with its parent
 _PARTS = ("first step", "speed", "sanitizer", "profile")
@@ -52,6 +52,7 @@ def targets(record: Mapping[str, Any]) -> list[Target]:
     many = tuple(count for count, _ in speed.MANY)
     host = cases.get("host time", {}).get("host", {})
     values = cases.get("values", {}).get("ratios", {})
+    stored = cases.get("stored", {}).get("ratios", {})
     first = record["first step"]["seconds"]
     end = "over torch fused, end to end"
 
@@ -62,6 +63,11 @@ def targets(record: Mapping[str, Any]) -> list[Target]:
     def called(name: str) -> dict[str, float]:
         return {"cupy": 1e6 * host[name]["median_s"]} if name in host else {}
 
+    def one(name: str) -> dict[str, float]:
+        return {"stored": stored[name]} if name in stored else {}
+
+    other = [f"{kind}{v}" for kind in speed_stored.KINDS for v in speed_stored.VALUES if v]
+
     return [
         _target("of the roof, 2^26 up", 0.97, ratios("cupy of the roof", _FROM_ROOF)),
         _target("of the copy rate, 2^26 up", 0.92, ratios("cupy of the copy rate", _FROM_ROOF)),
@@ -70,6 +76,9 @@ def targets(record: Mapping[str, Any]) -> list[Target]:
         _target("torch fused, many, list", 1.05, ratios(f"cupy list {end}", tensors=many)),
         _target("torch fused, graph, 2^22 up", 1.0, ratios("cupy over torch fused, graph", _FROM_GRAPH, (1, *many))),
         _target("zeros, subnormals to random", 1.05, values, at_most=True),
+        _target("12 bytes over torch fused", 2.0, one("12 bytes over torch fused")),
+        _target("bf16 of the copy rate", 0.92, one("bf16 of the copy rate")),
+        _target("stored zeros, subnormals", 1.3, {k: stored[k] for k in other if k in stored}, at_most=True),
         _target("first step, empty cache", 1.5, started("empty"), at_most=True, unit=" s"),
         _target("first step, full cache", 0.15, started("full"), at_most=True, unit=" s"),
         _target("step(), flat buffer", 15.0, called("flat buffer of 20"), at_most=True, unit=" us"),

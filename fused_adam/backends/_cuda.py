@@ -11,8 +11,9 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
+from itertools import repeat
 from operator import is_
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from fused_adam._arrays import Array, CudaArray
 from fused_adam._codegen import Rule
 from fused_adam._cuda_arrays import is_capturing
 from fused_adam._layout import FlatBuffer
-from fused_adam.backends import DeferredInterrupt, Gradients, Placed, Rows
+from fused_adam.backends import DeferredInterrupt, Gradients, Kept, Loose, Placed, Rows
 from fused_adam.backends._cuda_source import Made, NormSource, Source, source
 
 # Elements a block takes; while there are fewer of the larger chunks than a GPU runs blocks at once, the smaller.
@@ -117,7 +118,12 @@ def blocks_of(counts: Array, total: int) -> tuple[int, Array, Array]:
     return blocks, ends - counts, np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
 
-Row = tuple[int, Sequence[CudaArray]]  # group, (p, *states)
+class Row(NamedTuple):
+    """group: its number. arrays: p and the states, with what else is kept of them. first: the canonical index."""
+
+    group: int
+    arrays: Sequence[CudaArray]
+    first: int = 0
 
 
 class Launch(ABC):
@@ -145,7 +151,7 @@ class Launch(ABC):
 
     def place(self, rows: Sequence[Row], stream: int) -> None:
         """Allocate and upload what does not change from step to step. Rows without elements get no segment."""
-        self._present = np.array([p.size > 0 for _, (p, *_) in rows], bool)
+        self._present = np.array([row.arrays[0].size > 0 for row in rows], bool)
         segments = np.array([*map(self.segment, rows)], self._made.segment)[self._present]
         total = int(segments["n"].sum())
         chunk = chunk_of(total, self.chunk)
@@ -200,14 +206,14 @@ class StepLaunch(Launch):
         self._row = field.shape[-1] * dtype.itemsize if field.shape else 0
 
     def segment(self, row: Row) -> tuple[Any, ...]:
-        group, (p, *states) = row
-        return p.size, 0, group, p.address, [a.address for a in states] or [0]
+        p, *states = row.arrays
+        return p.size, 0, row.group, p.address, [a.address for a in states] or [0]
 
     def point(self, control: int, coefficients: int) -> None:
         """Of a kernel that finds its coefficients in device memory: where."""
         self._arguments["control"], self._arguments["coefficients"] = control, coefficients
 
-    def __call__(self, coefficients: Sequence[Sequence[float]], stream: int) -> None:
+    def __call__(self, t: int, coefficients: Sequence[Sequence[float]], stream: int) -> None:
         if not self._blocks:
             return
         for k, values in enumerate(coefficients):
@@ -230,6 +236,7 @@ class Stepper:
         self._plan: dict[tuple[Any, ...], list[tuple[list[int], StepLaunch]]] = {}
         self._last: list[Gradients | Placed | None] = [None] * len(parts)
         self._pointers: list[Array] = [np.zeros(0, np.int64)] * len(parts)
+        self._kept = [part.kept for part in parts]  # with the gradients of the last step
         self._rules: Sequence[Rule] = []
         self._current: list[tuple[list[int], StepLaunch]] = []
         self._alive: list[CudaArray] = []  # what other libraries lent must outlive the launch
@@ -253,7 +260,7 @@ class Stepper:
         on = self._stream(stream)
         self._look(rules, gradients, on)
         with DeferredInterrupt():
-            self._launch(coefficients, on)
+            self._launch(t, coefficients, on)
             self._t[0] = t
         self._rules = rules
 
@@ -276,9 +283,9 @@ class Stepper:
     def _stream(self, given: Any) -> int:
         return self.driver.current_stream(self._device) if given is None else stream_address(given)
 
-    def _launch(self, coefficients: Sequence[Sequence[float]], stream: int) -> None:
+    def _launch(self, t: int, coefficients: Sequence[Sequence[float]], stream: int) -> None:
         for parts, launch in self._current:
-            launch([coefficients[k] for k in parts], stream)
+            launch(t, [coefficients[k] for k in parts], stream)
 
     def _look_again(
         self, rules: Sequence[Rule], gradients: Sequence[Gradients | Placed], stream: int
@@ -290,10 +297,9 @@ class Stepper:
         self._rules = []  # until the step is done
         last, self._last = self._last, [None] * len(self._parts)
         alive: list[CudaArray] = []
-        self._pointers = [
-            old if given is known else self._addresses(part, given, stream, alive)
-            for given, known, old, part in zip(gradients, last, self._pointers, self._parts, strict=True)
-        ]
+        for k, (given, known) in enumerate(zip(gradients, last, strict=True)):
+            if given is not known:
+                self._pointers[k], self._kept[k] = self._found(self._parts[k], given, stream, alive)
         # What is not known by its object next time must not be kept from being freed; what belongs to another stream
         # has to be waited for each time.
         elsewhere = {a.stream for a in alive} - {None, stream or 1}
@@ -307,46 +313,49 @@ class Stepper:
 
     def _launches(self, rules: Sequence[Rule], flat: Sequence[bool], stream: int) -> list[tuple[list[int], StepLaunch]]:
         """The parts of each launch, and it; made for each choice of rules, and of runs or rows, on first use."""
-        key = (tuple(rules), tuple(flat))
+        key = (tuple(rules), tuple(flat), tuple(self._kept))
         if key not in self._plan:
             prepared(stream)
-            by_rule: dict[tuple[Rule, np.dtype[Any]], list[int]] = {}
-            for k, (rule, part) in enumerate(zip(rules, self._parts, strict=True)):
+            by_rule: dict[tuple[Rule, np.dtype[Any], Kept | None], list[int]] = {}
+            for k, (rule, part, kept) in enumerate(zip(rules, self._parts, self._kept, strict=True)):
                 if part.rows:
-                    by_rule.setdefault((rule, part.dtype), []).append(k)
+                    by_rule.setdefault((rule, part.dtype, kept), []).append(k)
             launches = []
-            for (rule, dtype), members in by_rule.items():
-                made = self._source(rule, dtype)
+            for (rule, dtype, kept), members in by_rule.items():
+                made = self._source(rule, dtype, kept)
                 for start in range(0, len(members), made.groups):
                     parts = members[start : start + made.groups]
                     kernel = self.driver.kernel(made, rule, dtype, self._device)
-                    launch = self._made(kernel, made, dtype)
+                    launch = self._made(kernel, made, dtype, kept)
                     launch.place(self._rows(parts, flat), stream)
                     launches.append((parts, launch))
             self._plan[key] = launches
         return self._plan[key]
 
-    def _source(self, rule: Rule, dtype: np.dtype[Any]) -> Source:
+    def _source(self, rule: Rule, dtype: np.dtype[Any], kept: Kept | None) -> Source:
         return source(rule, dtype)
 
-    def _made(self, kernel: Kernel, made: Source, dtype: np.dtype[Any]) -> StepLaunch:
+    def _made(self, kernel: Kernel, made: Source, dtype: np.dtype[Any], kept: Kept | None) -> StepLaunch:
         return StepLaunch(self.driver, kernel, made, dtype, self._device)
 
     def _rows(self, parts: Sequence[int], flat: Sequence[bool]) -> list[Row]:
         """What a launch over parts takes, which are its groups."""
-        return [
-            (group, row)
-            for group, k in enumerate(parts)
-            for row in (self._parts[k].runs if flat[k] else self._parts[k].rows)
-        ]
+        found = []
+        for group, k in enumerate(parts):
+            part = self._parts[k]
+            rows, firsts = (part.runs, part.run_first) if flat[k] else (part.rows, part.first)
+            found += [Row(group, *row) for row in zip(rows, firsts or repeat(0), strict=False)]
+        return found
 
-    def _addresses(self, part: Rows, given: Gradients | Placed, stream: int, alive: list[CudaArray]) -> Array:
-        """Of each run of a flat buffer, or of each gradient, which is checked first."""
+    def _found(
+        self, part: Rows, given: Gradients | Placed, stream: int, alive: list[CudaArray]
+    ) -> tuple[Array, Kept | None]:
+        """The address of each run of a flat buffer, or of each gradient, which is checked first; and as what."""
         if isinstance(given, FlatBuffer):
             starts = np.array([start for start, _ in given.layout.runs], np.int64)
-            return given.address + starts * part.dtype.itemsize
+            return given.address + starts * part.dtype.itemsize, None
         if isinstance(given, Placed):
-            return given.addresses
+            return given.addresses, None
         addresses = np.zeros(len(given.arrays), np.int64)
         others: list[CudaArray] = []
         for k, (g, shape) in enumerate(zip(given.arrays, part.shapes, strict=True)):
@@ -356,12 +365,15 @@ class Stepper:
                 others.append(checked)
                 quick = checked.address
             addresses[k] = quick
-        hit = self._writes.first_overlap(addresses, self._nbytes[id(part)])
-        if hit >= 0:
-            raise _checks.overlap(given.names[hit])
+        self._refuse_overlaps(given, addresses, self._nbytes[id(part)])
         order(self.driver, stream, others, self._device)
         alive += others
-        return addresses
+        return addresses, None
+
+    def _refuse_overlaps(self, given: Loose, addresses: Array, nbytes: Array) -> None:
+        hit = self._writes.first_overlap(addresses, nbytes)
+        if hit >= 0:
+            raise _checks.overlap(given.names[hit])
 
 
 @lru_cache(maxsize=64)
@@ -377,8 +389,8 @@ def run(driver: Driver, rule: Rule, coefficients: Sequence[float], p: Any, g: An
     launch = StepLaunch(
         driver, _kernel(driver, rule, p.dtype, device, stream, thread), source(rule, p.dtype), p.dtype, device
     )
-    launch.place([(0, (p, *states))], stream)
+    launch.place([Row(0, (p, *states))], stream)
     order(driver, stream, [p, g, *states], device)
     launch.bind(np.array([g.address], np.int64), stream)
     with DeferredInterrupt():
-        launch([coefficients], stream)
+        launch(1, [coefficients], stream)

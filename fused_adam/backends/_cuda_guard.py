@@ -21,7 +21,7 @@ from fused_adam._guard import Guard, Settings
 from fused_adam._layout import FlatBuffer
 from fused_adam._norm import LIMBS, Total
 from fused_adam._update import Update
-from fused_adam.backends import DeferredInterrupt, Gradients, Placed
+from fused_adam.backends import DeferredInterrupt, Gradients, Kept, Placed
 from fused_adam.backends import _cuda_source as text
 from fused_adam.backends._cuda import Kernel, Launch, Row, StepLaunch, Table, order, prepared
 from fused_adam.backends._cuda_rows import Stepper
@@ -35,7 +35,7 @@ class NormLaunch(Launch):
     chunk = 16384
 
     def segment(self, row: Row) -> tuple[Any, ...]:
-        return row[1][0].size, 0
+        return row.arrays[0].size, 0
 
     def __call__(self, scale: tuple[int, int, float], sums: int, stream: int) -> None:
         self._arguments["scale"], self._arguments["sums"] = scale, sums
@@ -66,7 +66,7 @@ class HostGuard(Stepper):
         coefficients = guard.decide(total)
         with DeferredInterrupt():
             if coefficients is not None:
-                self._launch(coefficients, on)
+                self._launch(t, coefficients, on)
                 self._t[0] = t
             elif guard.settings.zeroes:
                 for part, given, pointers in zip(self._parts, gradients, self._pointers, strict=True):
@@ -253,15 +253,17 @@ class DeviceGuard(HostGuard):
             control[name] = value
         self._control.write(control, self.driver.current_stream(self._device), wait=True)
 
-    def _source(self, rule: Rule, dtype: np.dtype[Any]) -> text.Source:
+    def _source(self, rule: Rule, dtype: np.dtype[Any], kept: Kept | None) -> text.Source:
+        if kept is not None:
+            return text.stored_source(rule, kept.form, self.on_device)
         return text.source(rule, dtype, self.on_device)
 
     def _rows(self, parts: Sequence[int], flat: Sequence[bool]) -> list[Row]:
         rows = super()._rows(parts, flat)
-        return [(parts[group], row) for group, row in rows] if self.on_device else rows
+        return [row._replace(group=parts[row.group]) for row in rows] if self.on_device else rows
 
-    def _made(self, kernel: Kernel, made: text.Source, dtype: np.dtype[Any]) -> StepLaunch:
-        launch = super()._made(kernel, made, dtype)
+    def _made(self, kernel: Kernel, made: text.Source, dtype: np.dtype[Any], kept: Kept | None) -> StepLaunch:
+        launch = super()._made(kernel, made, dtype, kept)
         if self.on_device:
             launch.point(self._control.address, self._coefficients.address)
         return launch

@@ -17,7 +17,7 @@ from fused_adam._arrays import Array, CudaArray
 from fused_adam._codegen import Rule
 from fused_adam._cuda_arrays import is_capturing
 from fused_adam._sparse import Gather
-from fused_adam.backends import DeferredInterrupt, Loose, Rows, _cuda
+from fused_adam.backends import DeferredInterrupt, Loose, Rows, _cuda, _cuda_stored
 from fused_adam.backends._cuda_source import ROW_TABLES, RowsSource, rows_source
 
 _ALIGNED = 16  # bytes on whose multiples the arrays of an upload start
@@ -127,7 +127,7 @@ class _Room:
         self._event.record(stream)
 
 
-class Stepper(_cuda.Stepper):
+class Stepper(_cuda_stored.Stepper):
     def __init__(self, parts: Sequence[Rows], t: Array, writes: _checks.Extents) -> None:
         super().__init__(parts, t, writes)
         self._wholes: dict[tuple[tuple[bool, ...], ...], _cuda.Stepper] = {}
@@ -175,7 +175,7 @@ class Stepper(_cuda.Stepper):
             arguments = [launch.arguments(base, upload) for launch in launches]
             self._room.write(upload.packed(), on)
         with DeferredInterrupt():
-            whole._launch(coefficients, on)
+            whole._launch(t, coefficients, on)
             for launch, given in zip(launches, arguments, strict=True):
                 launch.kernel(launch.blocks, given, on)
             if launches:

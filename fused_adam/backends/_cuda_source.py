@@ -10,6 +10,7 @@ import numpy as np
 
 from fused_adam import _coefficients, _rules
 from fused_adam._codegen import Rule, cuda
+from fused_adam._storage import Format
 
 THREADS = 256  # of a block
 MAX_GROUPS = 64
@@ -97,7 +98,16 @@ def _text(name: str) -> str:
     return (folder() / name).read_text()
 
 
-def _unit(rule: Rule, dtype: np.dtype[Any], name: str, constants: str, shell: str, sizes: str, head: str = "") -> str:
+def _unit(
+    rule: Rule,
+    dtype: np.dtype[Any],
+    name: str,
+    constants: str,
+    shell: str,
+    sizes: str,
+    head: str = "",
+    compute: str = "",
+) -> str:
     """What a kernel is made of stands in kernels/, but for a rule of the user's own."""
     where = {"p": "p", "g": "g"}
     where |= {n: f"states[{k}]" for k, n in enumerate(rule.states)}
@@ -113,7 +123,7 @@ def _unit(rule: Rule, dtype: np.dtype[Any], name: str, constants: str, shell: st
         calls.append(f"    {'' if built_in else 'own::'}{part.name}({arguments});")
     flags = f"constexpr bool ZEROES = {str(rule.zeroes).lower()}, COUNTS = {str(rule.counts).lower()};"
     glue = [
-        *_types(dtype, name),
+        *_types(dtype, name, compute),
         f"constexpr int STATES = {len(rule.states)}, COEFFICIENTS = {coefficients_of(rule)}{constants};",
         *([flags] if shell == "step.cu" else []),
         "",
@@ -125,9 +135,9 @@ def _unit(rule: Rule, dtype: np.dtype[Any], name: str, constants: str, shell: st
     return "\n".join([_text("step.cuh"), head, *rules, *glue, _text(shell), _asserted(sizes)])
 
 
-def _types(dtype: np.dtype[Any], name: str) -> list[str]:
-    number, compute = _NUMBERS[dtype]
-    return [f"typedef {number} Number;", f"typedef {compute} T;", f"#define NAME {name}"]
+def _types(dtype: np.dtype[Any], name: str, compute: str = "") -> list[str]:
+    number, plain = _NUMBERS[dtype]
+    return [f"typedef {number} Number;", f"typedef {compute or plain} T;", f"#define NAME {name}"]
 
 
 def _asserted(sizes: str) -> str:
@@ -151,10 +161,7 @@ def source(rule: Rule, dtype: np.dtype[Any], on_device: bool = False) -> Source:
     segment = np.dtype([("n", "i8"), ("first", "i8"), ("group", "i8"), ("p", "i8"), _states(rule)])
     head: list[tuple[Any, ...]] = [("segments", "i8"), ("gradients", "i8"), ("segment_of_chunk", "i8"), ("chunk", "i8")]
     head += [("segment", segment), ("gradient", "i8")]
-    room = _ARGUMENT_BYTES - np.dtype(head).itemsize
-    groups = min(MAX_GROUPS, room // (coefficients * dtype.itemsize))
-    if groups < 1:
-        raise ValueError(f"rule {rule.name!r} has {coefficients} coefficients, more than a CUDA kernel takes")
+    groups = _groups(rule, np.dtype(head).itemsize, dtype)
     if on_device:
         groups = 2**31  # any number
         arguments = np.dtype([*head, ("control", "i8"), ("coefficients", "i8")])
@@ -162,11 +169,62 @@ def source(rule: Rule, dtype: np.dtype[Any], on_device: bool = False) -> Source:
     else:
         arguments = np.dtype([*head, ("coefficients", dtype, (groups, coefficients))], align=True)
         more = ""
-    sizes = f"sizeof(Segment) == {segment.itemsize} && sizeof(Arguments) == {arguments.itemsize}"
-    sizes += f" && COEFFICIENT_BYTES == {COEFFICIENT_BYTES}" * on_device
+    sizes = _sizes(segment, arguments, on_device)
     constants = "" if on_device else f", GROUPS = {groups}"
     text = _unit(rule, dtype, name, constants, "step.cu", sizes, more)
     return Source(text, name, segment, arguments, groups)
+
+
+_SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+def stored_name(rule: Rule, form: Format, on_device: bool = False) -> str:
+    """What the kernel of a rule and format is called."""
+    kinds = [_SHORT.get(kind, kind) for kind in (form.p, form.g, form.states, form.master) if kind]
+    flags = ["stochastic"] * form.stochastic_rounding + ["on_device"] * on_device
+    return "_".join([rule.name, *kinds, *flags])
+
+
+@cache
+def stored_source(rule: Rule, form: Format, on_device: bool = False) -> Source:
+    """As `source`, of the kernel of stored.cu for one rule and format."""
+    dtype = np.dtype(np.float32)
+    name, coefficients = stored_name(rule, form, on_device), coefficients_of(rule)
+    pointers = [(field, "i8") for field in ("p", "master", "scales")]
+    segment = np.dtype([(field, "i8") for field in ("n", "first", "group", "index")] + [*pointers, _states(rule)])
+    head: list[tuple[Any, ...]] = [("segments", "i8"), ("gradients", "i8"), ("segment_of_chunk", "i8"), ("chunk", "i8")]
+    head += [("segment", segment), ("gradient", "i8"), ("seed", "i8")]
+    kinds = {"P": form.p, "G": form.g, "STATE": form.states, "MASTER": form.master or "none"}
+    given = ", ".join(f"{what} = {kind.upper()}" for what, kind in kinds.items())
+    flag = str(form.stochastic_rounding).lower()
+    more = [_text("storage.cuh"), f"constexpr Kind {given};", f"constexpr bool STOCHASTIC = {flag};", ""]
+    if on_device:
+        groups, constants = 2**31, ""
+        arguments = np.dtype([*head, ("control", "i8"), ("coefficients", "i8")])
+        more = ["#define ON_DEVICE", _text("control.cuh"), *more]
+    else:
+        head.append(("t", "i8"))
+        groups = _groups(rule, np.dtype(head).itemsize, dtype)
+        constants = f", GROUPS = {groups}"
+        arguments = np.dtype([*head, ("coefficients", dtype, (groups, coefficients))], align=True)
+    sizes = _sizes(segment, arguments, on_device)
+    compute = "Traced" if form.states == "int8" else ""  # for the root of v is wanted twice
+    text = _unit(rule, dtype, name, constants, "stored.cu", sizes, "\n".join(more), compute)
+    return Source(text, name, segment, arguments, groups)
+
+
+def _groups(rule: Rule, before: int, dtype: np.dtype[Any]) -> int:
+    """How many groups' coefficients fit behind so many bytes of arguments. Raises ValueError for none."""
+    coefficients = coefficients_of(rule)
+    groups = min(MAX_GROUPS, (_ARGUMENT_BYTES - before) // (coefficients * dtype.itemsize))
+    if groups < 1:
+        raise ValueError(f"rule {rule.name!r} has {coefficients} coefficients, more than a CUDA kernel takes")
+    return groups
+
+
+def _sizes(segment: np.dtype[Any], arguments: np.dtype[Any], on_device: bool) -> str:
+    sizes = f"sizeof(Segment) == {segment.itemsize} && sizeof(Arguments) == {arguments.itemsize}"
+    return sizes + f" && COEFFICIENT_BYTES == {COEFFICIENT_BYTES}" * on_device
 
 
 @cache

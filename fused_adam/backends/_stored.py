@@ -27,8 +27,6 @@ def gradients(part: Rows, given: Gradients | Placed) -> tuple[Kept, Sequence[Arr
         found = [_checks.kept_gradient(n, g, p, kept.declared) for n, g, p in each]
         arrays, kinds = [g for g, _ in found], {kind for _, kind in found}
         name = given.names[0]
-        if len(kinds) > 1:
-            raise ValueError(f"gradients from {name} on have the dtypes {', '.join(sorted(kinds))}; make them alike")
-    form = kept.form._replace(g=kinds.pop())
+    form = kept.form._replace(g=_checks.one_kind(name, kinds))
     _formats.refuse_gradient(form, name)
     return kept._replace(form=form), arrays
