@@ -70,6 +70,11 @@ def give_there(params: list[Any], seed: int, absent: tuple[int, ...] = ()) -> No
             on_gpu(p.grad)
 
 
+def plain(t: Any) -> Any:
+    """What NumPy takes."""
+    return t.detach().view(torch.int16) if t.dtype == torch.bfloat16 else t.detach()
+
+
 class Pair:
     """The same parameters in host memory, and on the GPU."""
 
@@ -89,12 +94,12 @@ class Pair:
         self.check()
 
     def check(self) -> None:
-        assert all(same_bits(a.detach(), b.detach()) for a, b in zip(self.host, self.device, strict=True))
+        assert all(same_bits(plain(a), plain(b)) for a, b in zip(self.host, self.device, strict=True))
         a, b = self.expected.state_dict()["state"], self.ours.state_dict()["state"]
         assert a.keys() == b.keys()
         for key, state in a.items():
             assert state.keys() == b[key].keys()
-            assert all(same_bits(x, b[key][name]) for name, x in state.items())
+            assert all(same_bits(plain(x), plain(b[key][name])) for name, x in state.items())
 
 
 @full
@@ -104,6 +109,33 @@ def test_bytes(cupy: Any, name: str, kwargs: dict[str, Any], dtype: str) -> None
     for n, absent in enumerate([(), (1,), (1,), (), (0, 2, 3, 4)]):
         pair.step(n, absent)
     assert {stream for _, _, stream in fake_cupy.launches} == {STREAM}
+
+
+FORMATS: list[tuple[str, dict[str, Any]]] = [
+    ("bfloat16", {}),
+    ("bfloat16", {"state_dtype": "float32", "stochastic_rounding": True, "seed": 3}),
+    ("bfloat16", {"master": "split16"}),
+    ("bfloat16", {"master": "split8", "state_dtype": "int8"}),
+    ("float16", {"master": "float32"}),
+    ("float32", {"state_dtype": "int8"}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "options"), FORMATS)
+def test_bytes_of_formats(cupy: Any, dtype: str, options: dict[str, Any]) -> None:
+    """Of parameters, and of all that is kept beside them; some are at other steps than the rest."""
+    pair = Pair("AdamW", {"lr": 0.01}, getattr(torch, dtype), **options)
+    for n, absent in enumerate([(), (1,), (1,), (), (0, 2, 3, 4)]):
+        pair.step(n, absent)
+    assert pair.ours.state_dict()["state"][1]["step"] == 3
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"zero_grads": True}])
+def test_what_formats_do_not_go_with(cupy: Any, options: dict[str, Any]) -> None:
+    params = parameters(torch.float16)
+    opt = ours.AdamW(params, **options)
+    give_there(params, 0)
+    refuses(opt, (ValueError,), f"{next(iter(options))} is not offered with float16 parameters")
 
 
 @full

@@ -49,7 +49,8 @@ class Stepper(_cuda.Stepper):
         kept = part.kept
         if kept is None:
             return super()._found(part, given, stream, alive)
-        assert not isinstance(given, Placed)
+        if isinstance(given, Placed):
+            return given.addresses, kept
         if isinstance(given, FlatBuffer):
             dtype = given.layout.dtype
             starts = np.array([start for start, _ in given.layout.runs], np.int64)

@@ -182,8 +182,8 @@ class AdamW(_AnyAdam, torch.optim.AdamW):
     """``torch.optim.AdamW`` with the step of `fused_adam.AdamW`: one pass over all parameters of all groups.
 
     Args:
-        params: float32, float64, complex64 or complex128 parameters in host memory or, with CuPy, on GPUs, without gaps
-            in it, or groups of them, as torch takes them. In host memory also bfloat16 or float16.
+        params: float32, float64, complex64, complex128, bfloat16 or float16 parameters in host memory or, with CuPy, on
+            GPUs, without gaps in it, or groups of them, as torch takes them.
         lr, betas, eps, weight_decay, amsgrad, maximize: as torch's.
         foreach, fused: taken as torch takes them, and of no effect: every step is fused.
         capturable: keep t and the learning rate on the GPU, so that a captured step is the next one at each replay; see

@@ -59,6 +59,8 @@ class Side:
             raise ValueError(
                 f"capturable=True needs parameters on a GPU and CuPy, got the {name} backend; leave it out"
             )
+        if name == "numba-cuda" and any(part.form is not None for part in parts):
+            raise ValueError(f"{members[0].name}: the numba-cuda backend steps over 32 and 64 bits alone; install CuPy")
         stepper = load(name).Stepper(tables, np.zeros(1, np.int64), self._writes)
         self._runner = Runner(stepper, self._dtypes, name, settings, on_device)
         self.on_device = self._runner.on_device
@@ -127,9 +129,10 @@ class Side:
 def sides(members: Sequence[Member], backend: str, settings: Settings, storage: Storage) -> list[Side]:
     """One for each device, or for each device and t where t is kept there, or where random bits depend on it."""
     for m in members:
-        if m.part.form is not None and (settings.counts or m.part.device is not None):
-            what = "count_unmoved" if settings.counts else "a GPU"
-            raise ValueError(f"{m.name}: {what} is not offered with {describe(m.part.form)}; leave one of them out")
+        on_gpu = m.part.device is not None
+        asked = settings._replace(device_scalars=False).names if on_gpu else "count_unmoved" * settings.counts
+        if m.part.form is not None and asked:
+            raise ValueError(f"{m.name}: {asked} is not offered with {describe(m.part.form)}; leave one of them out")
     on_device = settings.on_device
     if settings.wants_norm and not settings.device_scalars and not settings.counts:
         on_device = len({m.part.t for m in members}) == 1  # or one norm for several t: the host waits for it
