@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from itertools import chain
 from operator import is_
@@ -15,12 +15,11 @@ from torch._C._autograd import _profiler_enabled
 from torch.optim import optimizer as _torch
 
 from fused_adam import _base, _numbers
-from fused_adam._codegen import Rule
 from fused_adam._formats import Storage
 from fused_adam._guard import Settings, Stats
 from fused_adam._update import Update
 from fused_adam.backends import check_name
-from fused_adam.torch import _kept, _members, _tensors
+from fused_adam.torch import _members, _saved
 from fused_adam.torch._binding import Binding
 from fused_adam.torch._flat import Flat
 from fused_adam.torch._members import Family
@@ -276,6 +275,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # --- state ------------------------------------------------------------------------------------------------------
 
+    @property
+    def _saved(self) -> _saved.Saved:
+        return _saved.Saved(type(self).__name__, self._family, self._storage, self._initial)
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's: the states are the live tensors. What shares one memory is copied: steps, and with `flat` all."""
         if self._bound is not None:
@@ -287,7 +290,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._flat is not None and not any(self._state.values()):
             # torch.distributed.checkpoint loads into what it finds here. For want of states it takes a step to make
             # some, but not where there are gradients, as there always are in a flat layout.
-            states.update(self._first_states(saved["param_groups"]))
+            states.update(self._saved.first(saved["param_groups"], self.param_groups, self._updates()))
         for key, state in states.items():
             if isinstance(state, dict):
                 states[key] = {
@@ -295,25 +298,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                     for name, s in state.items()
                 }
         return saved
-
-    def _first_states(self, saved_groups: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """What stands for no state: those before the first step, by the numbers of their parameters."""
-        exact = torch.get_default_dtype() == torch.float64
-        step = torch.zeros((), dtype=torch.float64 if exact else torch.float32)
-        for saved, group, update in zip(saved_groups, self.param_groups, self._updates(), strict=True):
-            for key, p in zip(saved["params"], group["params"], strict=True):
-                wanted = self._wanted(p, update.rule, {})
-                if p.requires_grad and (wanted or self._family.counted):
-                    states = {called: _kept.first(called, d, p, self._initial(p)) for called, d in wanted.items()}
-                    if self._family.counted:
-                        yield key, {"step": step, **states}
-                    else:
-                        yield key, {called: s if called == _kept.MASTER else -s for called, s in states.items()}
-
-    def _wanted(self, p: Tensor, rule: Rule, held: Mapping[str, Any]) -> dict[str, torch.dtype]:
-        """The dtype of all that is kept of a parameter, by torch's names."""
-        form = _kept.form_of(self._storage, p, held, [self._family.states[s] for s in rule.states])
-        return _kept.dtypes(form, rule, self._family.states, p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict` of this class, or of torch's class of the same name.
@@ -346,38 +330,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             for key, p in zip(ids, group["params"], strict=True):
                 if key in homeless:
                     name = f'state_dict["state"][{key!r}]'
-                    loaded = self._loaded(name, homeless.pop(key), p, rule, places[p])
-                    if self._flat is None or self._family.counted or not _is_first(loaded):
+                    loaded = self._saved.loaded(name, homeless.pop(key), p, rule, places[p])
+                    if self._flat is None or self._family.counted or not _saved.is_first(loaded):
                         state[p] = loaded
         state.update(homeless)  # what belongs to no parameter stays as it is, as in torch
         self.__setstate__({"state": state, "param_groups": saved_groups})
         self._asked_for_state = False
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-    def _loaded(self, name: str, saved: Mapping[str, Any], p: Tensor, rule: Rule, at: int) -> dict[str, Any]:
-        """A copy of one parameter's state, as it is to be kept. at: the parameter's canonical index."""
-        t = 0
-        if self._family.counted and saved:
-            for called in ("step", *(self._family.states[s] for s in rule.states)):
-                if called not in saved:
-                    kind = type(self).__name__
-                    raise ValueError(f"{name} has no {called!r}, only {[*saved]}; load a state of {kind}")
-            t = _tensors.steps(f'{name}["step"]', saved["step"])
-        state = {}
-        for called, value in saved.items():
-            if called in (*self._family.states.values(), _kept.MASTER, _kept.SCALES) and isinstance(value, Tensor):
-                _tensors.fits(f'{name}["{called}"]', value, p, _kept.shape(called, p))
-                coded = _kept.SCALES in saved
-                if coded and called != _kept.SCALES and value.stride() != p.stride():
-                    raise ValueError(f'{name}["{called}"] is not in the memory order of its parameter, as blocks are')
-                plain = coded or not _tensors.is_dense(p)
-                state[called] = value.detach().clone() if plain else _tensors.in_order_of(value, p)
-            else:
-                state[called] = deepcopy(value)
-        if p.dtype not in _tensors.KINDS or not _tensors.is_dense(p):
-            return state
-        return _kept.converted(state, self._wanted(p, rule, state), self._family.states, p, at, t)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._bound is not None:
@@ -404,10 +364,3 @@ def _number(x: Any) -> Any:
     if isinstance(x, tuple | list):
         return tuple(map(_number, x))
     return x.item() if isinstance(x, Tensor) and x.numel() == 1 else x
-
-
-def _is_first(state: Mapping[str, Any]) -> bool:
-    """Whether every number is -0.0: a momentum that is zero, and not because gradients were."""
-    states = [s for called, s in state.items() if isinstance(s, Tensor) and called != _kept.MASTER]
-    tensors = [torch.view_as_real(s) if s.is_complex() else s for s in states]
-    return not any(s.any() or not s.signbit().all() for s in tensors)
