@@ -299,3 +299,48 @@ def test_each_element_has_one_owner(sizes, ranks, bucket):
                 assert piece.first % 128 == 0 and piece.start % 128 == 0
                 seen[piece.number][piece.start : piece.stop] += 1
     assert all((counts == 1).all() for counts in seen)
+
+
+def test_float16_keeps_what_a_loss_scale_is_for():
+    """Gradients are divided by it in float32, as without ranks: not before they are rounded to 16 bits."""
+    g = (np.array([1e-8, 3e-8, 1e-7, 1e-3]) * 65536).astype(np.float16)
+    p = np.zeros(4, np.float16)
+    plain = fused_adam.AdamW(p, lr=1e-2)
+    for _ in range(3):
+        plain.step(g, grad_scale=65536.0)
+
+    def run(c: Any) -> Any:
+        q = np.zeros(4, np.float16)
+        opt = Sharded(fused_adam.AdamW, q, c, lr=1e-2)
+        for _ in range(3):
+            opt.step(g, grad_scale=65536.0)
+        return q
+
+    for ranks in (1, 2, 4):
+        for q in Threads.run(ranks, run):
+            assert same_bits(q, p)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sums_beyond_float16_are_seen(ranks):
+    def run(c: Any) -> Any:
+        q = np.ones(4, np.float16)
+        opt = Sharded(fused_adam.AdamW, q, c, lr=1e-2, skip_nonfinite=True, average=False)
+        opt.step(np.full(4, 7e4, np.float32))
+        return q, opt.last_stats().skipped
+
+    for q, skipped in Threads.run(ranks, run):
+        assert (q == 1).all() and skipped == 1
+
+
+def test_what_a_skipped_step_met_is_told():
+    def run(c: Any) -> Any:
+        opt = Sharded(fused_adam.AdamW, np.ones(4, np.float32), c, max_grad_norm=1.0)
+        opt.step(np.full(4, 2, np.float32))
+        opt.step(np.full(4, 200, np.float32), found_inf=c.rank == 0)
+        return opt.last_stats()
+
+    plain = fused_adam.AdamW(np.ones(4, np.float32), max_grad_norm=1.0)
+    plain.step(np.full(4, 2, np.float32))
+    plain.step(np.full(4, 200, np.float32), found_inf=True)
+    assert {*Threads.run(2, run)} == {plain.last_stats()}

@@ -198,3 +198,43 @@ def test_gradients_of_other_16_bits():
         opt.step([np.ones(5, np.uint16)])
     opt.step([np.ones(5, np.float16)])
     assert opt.t == 1
+
+
+@pytest.mark.parametrize("what", ["state_dict", "save", "step"])
+def test_a_wrong_hyperparameter_on_one_rank_is_refused_by_all(what, tmp_path):
+    """Where one raises, no other waits."""
+
+    def run(c: Any) -> Any:
+        opt = Sharded(fused_adam.AdamW, np.ones(300, np.float32), c, lr=0.1)
+        if c.rank == 1:
+            opt.param_groups[0]["lr"] = -1.0
+        calls = {"state_dict": opt.state_dict, "save": lambda: opt.save(tmp_path)}
+        calls["step"] = lambda: opt.step(np.ones(300, np.float32))
+        with pytest.raises(ValueError, match=r"lr should be|because"):
+            calls[what]()
+        opt.param_groups[0]["lr"] = 0.1
+        opt.step(np.ones(300, np.float32))
+        return opt.t
+
+    assert Threads.run(2, run) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(scales=np.tile(s["scales"], 3)), r"\"scales\"\] has shape"),
+        (lambda s: s.update(nonsense=np.zeros(0)), "nonsense"),
+    ],
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_wrong_state_of_any_parameter_is_refused(number, change, message):
+    params = [np.ones(300, np.float32), np.ones(0, np.float32)]
+    opt = Sharded(fused_adam.AdamW, params, state_dtype="int8")
+    opt.step([np.ones_like(p) for p in params])
+    d = opt.state_dict()
+    if number == 1 and "scales" in message:
+        d["state"][1]["scales"] = np.zeros(2, np.uint16)
+    else:
+        change(d["state"][number])
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(d)

@@ -45,7 +45,7 @@ def agree(
         if error is not None:
             raise error
         return flag
-    digest = hashlib.sha256("\n".join(lines).encode()).digest()
+    digest = hashlib.sha256("\n".join(lines).encode(errors="backslashreplace")).digest()
     mine = np.frombuffer(bytes([error is not None, flag]) + digest, np.uint8)
     table = np.empty(collective.size * len(mine), np.uint8)
     collective.all_gather(table, mine).wait()
@@ -53,7 +53,7 @@ def agree(
     if not rows[:, 0].any() and (rows[:, _FLAGS:] == rows[0, _FLAGS:]).all():
         return bool(rows[:, 1].any())
     text = "\n".join(lines) if error is None else f"{type(error).__name__}: {error}"
-    said = [found.decode() for found in exchange(collective, text.encode())]
+    said = [found.decode() for found in exchange(collective, text.encode(errors="backslashreplace"))]
     if error is not None:
         raise error
     failed = np.flatnonzero(rows[:, 0]).tolist()

@@ -95,7 +95,8 @@ def save(
                 new = stack.enter_context(NewSave(path))
         except Exception as wrong:
             error = wrong
-        agree(collective, "saved anything", [f"t = {sharded.t}", f"params = {params}"], error)
+        lines = [] if error else [f"t = {sharded.t}", f"params = {params}", *sharded._model.hyperparameters()]
+        agree(collective, "saved anything", lines, error)
         data = b""
         try:
             pieces = list(_owned(sharded, contents))

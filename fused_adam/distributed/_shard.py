@@ -60,25 +60,31 @@ class Shard:
     def prepare(self, scale: float, clips: bool) -> None:
         """Compile what `step` needs."""
         opt = self.optimizer
-        rules = opt._runner.rules(opt._updates(), self._scale(scale), clips)
+        rules = opt._runner.rules(opt._updates(), scale, clips)
         opt._stepper.prepare(rules, False, False)
 
-    def _scale(self, scale: float) -> float:
-        return scale if self._gradient == opt_dtype(self.optimizer).name else 1.0
+    @property
+    def narrow(self) -> bool:
+        """Whether it takes gradients of 16 bits."""
+        return self._gradient != opt_dtype(self.optimizer).name
+
+    def rounded(self, g: Array, divisor: float) -> Array:
+        """Sums divided, and rounded to the 16 bits that it takes: divided first, or they might not fit."""
+        with np.errstate(all="ignore"):
+            quotients = g * g.dtype.type(unscaling(divisor, g.dtype))
+            return _storage.decoded(_storage.encoded(quotients, carrier(self._gradient)))
 
     def step(self, t: int, g: Array, scale: float, clipping: float | None) -> None:
         """Step number t. g: the interval's gradients, to be divided by the scale and multiplied by `clipping`."""
-        opt, dtype = self.optimizer, opt_dtype(self.optimizer)
+        opt = self.optimizer
         for group, hyper in zip(opt.param_groups, self._hyperparameters(), strict=True):
             group.update(hyper)
         parts = self.parts(g)
-        if self._gradient != dtype.name:
-            with np.errstate(all="ignore"):  # divided first, or their sum might not fit
-                inverse = dtype.type(unscaling(scale, dtype))
-                parts = [_storage.encoded(part * inverse, carrier(self._gradient)) for part in parts]
+        if self.narrow:
+            parts = [_storage.encoded(part, carrier(self._gradient)) for part in parts]
         given = [[parts[k] for k in members] for members in self._members]
         opt._t[0] = t - 1
-        opt._run(_gradients.of_step(opt, given), grad_scale=self._scale(scale), clipping=clipping)
+        opt._run(_gradients.of_step(opt, given), grad_scale=scale, clipping=clipping)
 
 
 def opt_dtype(optimizer: Optimizer) -> np.dtype[Any]:

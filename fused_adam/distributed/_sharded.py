@@ -84,7 +84,7 @@ class Sharded:
         lines: list[str] = []
         try:
             self._count, self._mine = counts(mode, micro_batches, self.collective.size)
-            self._scale = float(self._count) if _numbers.flag("average", average) else 1.0
+            self._divisor = float(self._count) if _numbers.flag("average", average) else 1.0
             bucket_elements = _numbers.step_number(bucket_elements, name="bucket_elements")
             if bucket_elements % 128 or bucket_elements > _LARGEST_BUCKET:
                 raise ValueError(f"bucket_elements should be a multiple of 128 up to 2**31, got {bucket_elements}")
@@ -92,7 +92,7 @@ class Sharded:
             skips = _numbers.flag("skip_nonfinite", skip_nonfinite)
             self._model = model = Model(optimizer, params, options)
             self._plan = Plan(model.sizes, bucket_elements, self.collective.size)
-            self._pipeline = Pipeline(model, self._plan, self.collective, mode, max_norm, skips)
+            self._pipeline = Pipeline(model, self._plan, self.collective, mode, self._divisor, max_norm, skips)
             numbers = (mode, self._count, average, bucket_elements, max_norm, skips)
             names = ("mode", "number of summands", "average", "bucket_elements", "max_grad_norm", "skip_nonfinite")
             if self.collective.size > 1:
@@ -142,7 +142,7 @@ class Sharded:
 
     def prepare(self) -> None:
         """Compile now what the first step would, while no other rank waits."""
-        self._pipeline.prepare(self._scale)
+        self._pipeline.prepare()
 
     def step(self, gradients: Any, *, grad_scale: float = 1.0, found_inf: Any = None, wait: bool = True) -> None:
         """Update the parameters on all ranks, in place.
@@ -161,40 +161,41 @@ class Sharded:
             ConnectionError: a rank died or hangs. The message says whether there may be half a step.
         """
         self.wait()
+        with DeferredInterrupt():  # t, and what other ranks wait for, stay together
+            self._step(gradients, grad_scale, found_inf)
+        if wait:
+            self.wait()
+
+    def _step(self, gradients: Any, grad_scale: float, found_inf: Any) -> None:
         t = self.t
-        found, scale, kind = False, 1.0, ""
+        found, scale = False, 1.0
         sources: list[Space] = []
+        lines: list[str] = []
         error: Exception | None = None
         try:
             scale, found = _numbers.grad_scale(grad_scale), _numbers.found_inf(found_inf)
-            scale *= self._scale
-            if np.isnan(unscaling(scale, self._model.dtype)):
+            if np.isnan(unscaling(scale * self._divisor, self._model.dtype)):
                 raise ValueError(f"grad_scale is {grad_scale}, of which {self._model.dtype} has no inverse")
             sources, kind = self._sources(gradients)
             self._model.advance()  # which looks at the hyperparameters
+            lines = [f"t = {t}", f"gradients of {kind}", f"grad_scale = {scale}", *self._model.hyperparameters()]
         except Exception as wrong:
             error = wrong
-        lines = [f"t = {t}", f"gradients of {kind}", f"grad_scale = {grad_scale}", *self._model.hyperparameters()]
-        with DeferredInterrupt():
-            try:
-                skipped = self._talk(
-                    lambda: agree(self.collective, "stepped", lines, error, found), "nothing was changed"
-                )
-            except BaseException:
-                self._model.set_t(t)
-                raise
-            try:
-                skipped = skipped or self._pipeline.run(t + 1, sources, scale)
-            except BaseException as cut:
-                self._broken = f"step {t + 1} was cut short, so parameters and states may be half stepped"
-                if isinstance(cut, ConnectionError):
-                    raise self._lost(cut) from cut
-                raise
-            if skipped:
-                self._model.set_t(t)
-                self._skipped += 1
-        if wait:
-            self.wait()
+        try:
+            found = self._talk(lambda: agree(self.collective, "stepped", lines, error, found), "nothing was changed")
+        except BaseException:
+            self._model.set_t(t)
+            raise
+        try:
+            skipped = self._pipeline.run(t + 1, sources, scale, found)
+        except BaseException as cut:
+            self._broken = f"step {t + 1} was cut short, so parameters and states may be half stepped"
+            if isinstance(cut, ConnectionError):
+                raise self._lost(cut) from cut
+            raise
+        if skipped:
+            self._model.set_t(t)
+            self._skipped += 1
 
     def _sources(self, gradients: Any) -> tuple[list[Space], str]:
         """This rank's gradients and their kind."""
@@ -217,9 +218,13 @@ class Sharded:
         self._talk(self._pipeline.gathers.wait, "parameters of the last step are missing")
 
     def _talk(self, call: Callable[[], Any], otherwise: str) -> Any:
-        """What a call returns that needs the other ranks. otherwise: what is so if one does not answer."""
+        """What a call returns that needs the other ranks. otherwise: what is so if one does not answer.
+
+        Ctrl-C comes after it, for the others would wait in vain.
+        """
         try:
-            return call()
+            with DeferredInterrupt():
+                return call()
         except ConnectionError as error:
             self._broken = f"another rank does not answer, and {otherwise}"
             raise self._lost(error) from error

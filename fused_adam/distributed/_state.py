@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,9 @@ import numpy as np
 
 from fused_adam import _checks, _int8, _state_dict
 from fused_adam._arrays import Array
+from fused_adam._base import Optimizer
 from fused_adam._memory import on_host
-from fused_adam._part import SCALES
+from fused_adam._part import SCALES, Part
 from fused_adam.backends import DeferredInterrupt
 from fused_adam.distributed._agree import agree, exchange
 
@@ -26,7 +28,14 @@ def interval(key: str, start: int, stop: int) -> tuple[int, int]:
 def gathered(sharded: Sharded) -> dict[str, Any]:
     """See `Sharded.state_dict`."""
     model, plan, collective = sharded._model, sharded._plan, sharded.collective
-    prototype = model.prototype.state_dict()
+    error: Exception | None = None
+    lines: list[str] = []
+    try:
+        lines = [f"t = {sharded.t}", *model.hyperparameters()]
+        prototype = model.prototype.state_dict()
+    except Exception as wrong:
+        error = wrong
+    agree(collective, "made a state dict", lines, error)
     state: list[dict[str, Array]] = []
     for size, found in zip(model.sizes, prototype["state"], strict=True):
         state.append({key: np.zeros(interval(key, 0, size)[1], a.dtype) for key, a in found.items()})
@@ -78,13 +87,22 @@ def _writes(sharded: Sharded, d: Mapping[str, Any]) -> list[_state_dict.Write]:
             raise TypeError(f"{name} should be a dict, got {_checks.kind(given)}")
         found = {key: on_host(a) for key, a in given.items()}
         for key, a in found.items():
-            if key != SCALES and np.shape(a) != shape:
-                raise ValueError(f'{name}["{key}"] has shape {np.shape(a)}; expected {shape}')
+            expected = (interval(SCALES, 0, math.prod(shape))[1],) if key == SCALES else shape
+            if np.shape(a) != expected:
+                raise ValueError(f'{name}["{key}"] has shape {np.shape(a)}; expected {expected}')
         state.append({key: np.asarray(a).reshape(-1) for key, a in found.items()})
+    for number, part, j in _numbered(model.prototype):  # which has no elements, but all names and dtypes
+        none = {key: a[:0] for key, a in state[number].items()}
+        part.writes(j, f'state_dict["state"][{number}]', none, t)
     writes: list[_state_dict.Write] = []
     for shard in sharded._pipeline.shards.values():
-        parts = [(shard.optimizer._parts[n], j) for index in shard.optimizer._index for n, j in index]
-        for piece, (part, j) in zip(shard.pieces, parts, strict=True):
+        for piece, (_, part, j) in zip(shard.pieces, _numbered(shard.optimizer), strict=True):
             own = {key: a[slice(*interval(key, piece.start, piece.stop))] for key, a in state[piece.number].items()}
             writes += part.writes(j, f'state_dict["state"][{piece.number}]', own, t)
     return writes + last
+
+
+def _numbered(optimizer: Optimizer) -> list[tuple[int, Part, int]]:
+    """Of each parameter its number, its part, and its place there."""
+    places = [(optimizer._parts[n], j) for index in optimizer._index for n, j in index]
+    return [(number, part, j) for number, (part, j) in enumerate(places)]
