@@ -429,5 +429,39 @@ def test_states_that_nobody_else_holds(flat: bool) -> None:
             opt.load_state_dict(saved)
         for state in saved["state"].values():
             state.clear()  # what was saved is the caller's
-    assert not opt._asked_for_state
+    assert not opt._asked_for_state[0]
     assert all(len(opt.state[p]) == 3 for p in params)
+
+
+class Wrapper(ours.AdamW):
+    """As Lightning's: of the class that it wraps, without attributes of its own, and asks the one inside for them."""
+
+    def __init__(self, opt: Any) -> None:
+        self.opt = opt
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["opt"], name)
+
+    def step(self, *args: Any) -> Any:
+        return self.opt.step(*args)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_state_that_is_replaced_through_a_wrapper(flat: bool) -> None:
+    ends = []
+    for wrapped in (True, False):
+        params = parameters()
+        opt = ours.AdamW(params, flat=flat)
+        outside = Wrapper(opt) if wrapped else opt
+        for n in range(STEPS):
+            for p in params:
+                p.grad.fill_(n + 1.0) if p.grad is not None else setattr(p, "grad", torch.full_like(p, n + 1.0))
+            if n == 3 and wrapped:
+                outside.state[params[0]]["exp_avg"] = torch.full_like(params[0], 7.0)
+            elif n == 3:
+                opt.state[params[0]]["exp_avg"].fill_(7.0)
+            outside.step()
+        outside.zero_grad()
+        assert all((p.grad is not None) is flat for p in params)
+        ends.append([p.detach().numpy() for p in params])
+    assert all(map(same_bits, *ends))

@@ -17,6 +17,7 @@ import fused_adam.torch as ours
 
 SHAPES = [(3, 50), (129,), (), (2, 3, 40), (0, 2)]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+CODED = {"exp_avg_codes": torch.int8, "exp_avg_sq_codes": torch.uint8, "scales": torch.int16}
 CLASSES: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"lr": 0.1, "momentum": 0.9}),
     ("Adam", {"lr": 0.01, "weight_decay": 0.1}),
@@ -178,10 +179,10 @@ def test_saved_and_loaded(name: str, kwargs: dict[str, Any], dtype: Any, options
         ({}, {"exp_avg": BF16, "exp_avg_sq": BF16}),
         ({"state_dtype": "float32"}, {"exp_avg": F32, "exp_avg_sq": F32}),
         ({"master": "float32"}, {"exp_avg": F32, "exp_avg_sq": F32, "master": F32}),
-        ({"state_dtype": "int8"}, {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8, "scales": torch.int16}),
+        ({"state_dtype": "int8"}, CODED),
         (
             {"state_dtype": "int8", "master": "split8"},
-            {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8, "scales": torch.int16, "master": torch.uint8},
+            {**CODED, "master_low": torch.uint8},
         ),
     ],
 )
@@ -241,7 +242,7 @@ def test_codes_become_floats_and_codes_again() -> None:
     again.load_state_dict(plain.state_dict())
     for key in range(len(params)):
         ours_, theirs = again.state_dict()["state"][key], saved["state"][key]
-        same_codes = (ours_["exp_avg"].int() - theirs["exp_avg"].int()).abs() <= 1
+        same_codes = (ours_["exp_avg_codes"].int() - theirs["exp_avg_codes"].int()).abs() <= 1
         assert same_codes.all(), "a code is encoded to itself or, by its dither, to the next"
 
 
@@ -259,7 +260,7 @@ def test_norms_of_float32_among_parameters_of_16_bits() -> None:
         opt.step()
         other.step()
     assert same(wide, alone)
-    assert "master" not in opt.state[wide[0]] and "master" in opt.state[params[0]]
+    assert "master_low" not in opt.state[wide[0]] and "master_low" in opt.state[params[0]]
 
 
 def test_parameters_at_different_steps() -> None:
@@ -291,9 +292,9 @@ def test_a_transposed_parameter() -> None:
     p = torch.nn.Parameter(make(BF16)[0].detach().T.contiguous().T)
     opt = ours.AdamW([p], lr=0.01, state_dtype="int8", master="split8")
     run([p], opt)
-    assert opt.state[p]["exp_avg"].stride() == p.stride()
+    assert opt.state[p]["exp_avg_codes"].stride() == p.stride()
     turned_back = opt.state_dict()
-    turned_back["state"][0]["exp_avg"] = turned_back["state"][0]["exp_avg"].contiguous()
+    turned_back["state"][0]["exp_avg_codes"] = turned_back["state"][0]["exp_avg_codes"].contiguous()
     with pytest.raises(ValueError, match="is not in the memory order of its parameter"):
         opt.load_state_dict(turned_back)
 
@@ -325,7 +326,7 @@ def _as(called: str, dtype: Any) -> Any:
 
 WRONG: list[tuple[str, Any, str]] = [
     ("no scales", lambda: broken(_without("scales"), state_dtype="int8"), "has no 'scales'"),
-    ("codes", lambda: broken(_as("exp_avg", torch.uint8), state_dtype="int8"), "has dtype torch.uint8, expected"),
+    ("codes", lambda: broken(_as("exp_avg_codes", torch.uint8), state_dtype="int8"), "has dtype torch.uint8, expected"),
     ("short scales", lambda: broken(lambda s: s.update(scales=s["scales"][:2].clone()), state_dtype="int8"), "shape"),
     ("a rule", lambda: fresh(amsgrad=True), "the rule amsgradw is not offered with bfloat16"),
     ("a master of float16", lambda: broken(_as("master", F16), master="float32"), "expected torch.float32"),
@@ -347,3 +348,103 @@ def test_what_is_refused(name: str, get: Any, message: str) -> None:
 def test_a_format_that_there_is_not() -> None:
     with pytest.raises(ValueError, match="master should be None or one of"):
         ours.AdamW(make(BF16), master="split64")
+
+
+# --- what is loaded, and when -----------------------------------------------------------------------------------------
+
+
+def test_random_bits_of_sgd_go_on_after_a_load() -> None:
+    """torch's SGD has no step; with stochastic rounding ours has one, or its random bits would come again."""
+    options = {"lr": 0.1, "momentum": 0.9, "stochastic_rounding": True}
+    params, straight = make(BF16), make(BF16)
+    opt, other = ours.SGD(params, **options), ours.SGD(straight, **options)
+    run(straight, other)
+    for n in range(STEPS):
+        run(params, opt, n, n + 1)
+        saved = opt.state_dict()
+        opt = ours.SGD(params, **options)
+        opt.load_state_dict(saved)
+    assert same(params, straight)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("master", ["float32", "split16"])
+def test_what_is_loaded_before_the_first_step_counts(master: str, flat: bool) -> None:
+    """A wrapper may save and load a fresh optimizer; its masters are not of the numbers that come later."""
+    params = make(BF16)
+    opt = ours.AdamW(params, lr=0.01, flat=flat, master=master)
+    opt.load_state_dict(opt.state_dict())
+    with torch.no_grad():
+        for p in params:
+            p.fill_(5.0)
+    run(params, opt, 0, 1)
+    assert all((p > 4.9).all() for p in params)
+
+
+@pytest.mark.parametrize(("one", "other"), [("split16", "float32"), ("float32", "split16"), ("split16", "split8")])
+def test_masters_of_another_kind(one: str, other: str) -> None:
+    """float32 and split16 are the same numbers, so a run goes on as it was."""
+    params = make(BF16)
+    opt = ours.AdamW(params, lr=0.01, master=one)
+    run(params, opt)
+    straight = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    narrow = {"state_dtype": "bfloat16"} if other == "split8" else {}
+    again = ours.AdamW(params, lr=0.01, master=other, **narrow)
+    third = ours.AdamW(straight, lr=0.01, master=one)
+    again.load_state_dict(opt.state_dict())
+    third.load_state_dict(opt.state_dict())
+    run(params, again, STEPS, STEPS + 2)
+    run(straight, third, STEPS, STEPS + 2)
+    if other != "split8":
+        assert same(params, straight)
+    assert all(torch.allclose(p, q, rtol=2**-7, atol=1e-3) for p, q in zip(params, straight, strict=True))
+
+
+def test_a_master_of_other_parameters_does_not_load() -> None:
+    params = make(BF16)
+    opt = ours.AdamW(params, lr=0.01, master="float32")
+    run(params, opt)
+    other = ours.AdamW(make(BF16, 1), master="split16")
+    with pytest.raises(ValueError, match="master does not round to the parameter"):
+        other.load_state_dict(opt.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("scales"), "has no"),
+        (lambda s: s["scales"].fill_(0x7FC0), "block 0 of its codes, or its scales, holds what no step has made"),
+        (lambda s: s["exp_avg_codes"].fill_(-128), "holds what no step has made"),
+        (lambda s: s.update(exp_avg_codes=s["exp_avg_codes"].float()), "so should have 'exp_avg_codes' of torch.int8"),
+    ],
+)
+def test_codes_that_are_none_do_not_load(change: Any, message: str) -> None:
+    params = make(F32)
+    opt = ours.AdamW(params, state_dtype="int8")
+    run(params, opt, 0, 2)
+    saved, kept = copy.deepcopy(opt.state_dict()), copy.deepcopy(opt)
+    change(saved["state"][0])
+    for other in (opt, ours.AdamW(params)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            other.load_state_dict(saved)
+    assert same_saved(opt, kept)
+
+
+@backends
+def test_one_norm_of_16_and_32_bits(backend: str) -> None:
+    """A model of bfloat16 with norms in float32 is clipped as a whole."""
+    params = [*make(BF16), *make(F32, 1)]
+    opt = ours.AdamW(params, max_grad_norm=1.0, backend=backend)
+    for n in range(3):
+        give(params, n)
+        expected = float(torch.cat([p.grad.double().reshape(-1) for p in params]).norm())
+        opt.step()
+        assert opt.last_stats().grad_norm == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), CLASSES)
+def test_hyperparameters_that_stay_are_looked_at_once(name: str, kwargs: dict[str, Any]) -> None:
+    params = make(BF16)
+    opt = getattr(ours, name)(params, **kwargs)
+    run(params, opt, 0, 1)
+    assert opt._updates() is opt._updates()

@@ -57,15 +57,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     _flat_class: ClassVar[type[_base.Optimizer]]  # of this package: its rules, coefficients and checks are used
-    _family: ClassVar[Family]
+    _family: Family
     _names: ClassVar[tuple[str, ...]]  # of the hyperparameters that it takes
     _ready = False
     _step_supports_amp_scaling = False
-    _bound: Binding | None = None
-    _flat: Flat | None = None
     _backend = "auto"
     _capturable = False
-    _asked_for_state = False
+    # Of the instance alone, so that wrappers which hand on what they lack, as Lightning's do, find the one of theirs.
+    _bound: Binding | None
+    _flat: Flat | None
+    _asked_for_state: list[bool]
 
     def _set_up(
         self,
@@ -86,6 +87,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._step_supports_amp_scaling = _numbers.flag("amp_scaling", amp_scaling)
         self._settings = Settings.checked(skip_nonfinite, max_grad_norm, zero_grads, count_unmoved)
         self._storage = Storage.checked(master, state_dtype, stochastic_rounding, seed)
+        if self._storage.stochastic_rounding:  # whose random bits depend on the step
+            self._family = self._family._replace(counted=True)
         self._options = Options(
             flat=flat,
             backend=backend,
@@ -104,19 +107,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._known: list[list[Any]] = []
         self._found: list[Update] = []
         self._updates()
-        if _numbers.flag("flat", flat):
-            self._flat = Flat(self._parameters())
-        self._asked_for_state = False  # torch's constructor has made it
+        self._bound = None
+        self._flat = Flat(self._parameters()) if _numbers.flag("flat", flat) else None
+        self._asked_for_state = [False]  # torch's constructor has made it
         self._ready = True
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        self._asked_for_state = True
+        self._asked_for_state[0] = True
         return self._state
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self._asked_for_state = True
+        self._asked_for_state = [True]
         self._state = state
 
     def _parameters(self) -> Iterable[Tensor]:
@@ -145,9 +148,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if [*map(len, values)] != [*map(len, known)] or not all(map(is_, _chained(values), _chained(known))):
             self._found = [self._asked(group) for group in groups]
             self._capturable = any(group.get("capturable") for group in groups)
-            constant = all(
-                _base._is_constant(group.get(name)) for group in groups for name in (*self._names, *_REFUSED)
-            )
+            named = (group[name] for group in groups for name in (*self._names, *_REFUSED) if name in group)
+            constant = all(map(_base._is_constant, named))
             self._known = values if constant else []
         return self._found
 
@@ -201,7 +203,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What steps over the present gradients, and these."""
         bound = self._bound
         if bound is not None and bound.settings.device_scalars == self._capturable:
-            state = self._state if self._asked_for_state else None
+            state = self._state if self._asked_for_state[0] else None
             gradients = bound.current(self.param_groups, state, updates)
             if gradients is not None:
                 return bound, gradients
@@ -283,9 +285,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """As torch's: the states are the live tensors. What shares one memory is copied: steps, and with `flat` all."""
         if self._bound is not None:
             self._bound.sync(self._state)
-        asked = self._asked_for_state or self._optimizer_state_dict_pre_hooks or self._optimizer_state_dict_post_hooks
+        asked = self._asked_for_state[0]
         saved = super().state_dict()
-        self._asked_for_state = bool(asked)  # torch asks for it, and what is returned are copies
+        if not self._optimizer_state_dict_pre_hooks and not self._optimizer_state_dict_post_hooks:
+            self._asked_for_state[0] = asked  # torch asks for it, and what is returned are copies
         states = saved.get("state", {})
         if self._flat is not None and not any(self._state.values()):
             # torch.distributed.checkpoint loads into what it finds here. For want of states it takes a step to make
@@ -335,7 +338,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         state[p] = loaded
         state.update(homeless)  # what belongs to no parameter stays as it is, as in torch
         self.__setstate__({"state": state, "param_groups": saved_groups})
-        self._asked_for_state = False
+        self._asked_for_state[0] = False
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -348,12 +351,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         options = state.pop("_options", None)
         self.state = state.pop("state")
         super().__setstate__(state)
-        if self._bound is not None and self._bound.captured:
-            self._captured.append(self._bound)
+        bound = self.__dict__.get("_bound")
+        if bound is not None and bound.captured:
+            self._captured.append(bound)
         self._bound, self._known, self._found = None, [], []
         if options is not None:  # unpickled or copied, not loaded
             self._set_up(**options)
-        self._asked_for_state = True  # the caller may keep what he gave
+        self._asked_for_state[0] = True  # the caller may keep what he gave
 
 
 _chained = chain.from_iterable

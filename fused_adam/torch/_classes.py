@@ -201,9 +201,10 @@ class AdamW(_AnyAdam, torch.optim.AdamW):
         state_dtype: "float32", "bfloat16" or "int8", as of `fused_adam.AdamW`. By default that of the parameter, as in
             torch; of float16 parameters, and where there is a master, float32. States of a loaded run stay as they are.
         master, stochastic_rounding, seed: as of `fused_adam.AdamW`; parameters of 32 and 64 bits have no use for them,
-            and stay as they are. A master is kept in the state, as `master`, and starts from the parameter: to change
-            parameters then, change it too, or delete it. 8-bit states have `scales` beside them, two of int16 for each
-            64 elements.
+            and stay as they are. In the state stand `master`, in float32, or `master_low`, the bits beside those of the
+            parameter; it starts from the parameter: to change parameters then, change it too, or delete it. 8-bit
+            states are `exp_avg_codes`, `exp_avg_sq_codes` and `scales`, two of int16 for each 64 elements. SGD has a
+            `step` with stochastic_rounding.
 
     Raises:
         TypeError, ValueError: an argument is wrong, in torch's words where torch refuses it.

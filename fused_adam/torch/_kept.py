@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fused_adam import _formats, _int8
+from fused_adam import _formats, _int8, _storage
 from fused_adam._codegen import Rule
 from fused_adam._formats import Storage
 from fused_adam._storage import Format
 from fused_adam.torch import _tensors
 
-MASTER, SCALES = "master", "scales"  # as in state dicts of this package
+# As in state dicts of this package. Codes, and the bits of a master beside its parameter, do not have the names of
+# numbers: who does not know them has to miss them, not to misread them.
+MASTER, LOW, SCALES = "master", "master_low", "scales"
+MASTERS = (MASTER, LOW)
+CODES = "_codes"
 _MASTERS = {"float32": torch.float32, "split16": torch.int16, "split8": torch.uint8}
 _STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CODES = {"m": torch.int8, "v": torch.uint8}
@@ -49,10 +54,15 @@ def dtypes(form: Format | None, rule: Rule, names: Mapping[str, str], p: Tensor)
     """Of all that is kept, by torch's names and in the order of a row of memory. names: the rule's -> torch's."""
     if form is None:
         return {names[s]: p.dtype for s in rule.states}
-    found = {MASTER: _MASTERS[form.master]} if form.master else {}
+    found = {MASTER if form.master == "float32" else LOW: _MASTERS[form.master]} if form.master else {}
     if form.states != "int8":
         return {**found, **{names[s]: _STATES[form.states] for s in rule.states}}
-    return {**found, **{names[s]: _CODES[s] for s in rule.states}, SCALES: torch.int16}
+    return {**found, **{names[s] + CODES: _CODES[s] for s in rule.states}, SCALES: torch.int16}
+
+
+def beside(names: Mapping[str, str]) -> set[str]:
+    """All that may be kept of a parameter, by torch's names."""
+    return {*names.values(), *(name + CODES for name in names.values()), MASTER, LOW, SCALES}
 
 
 def shape(called: str, p: Tensor) -> tuple[int, ...]:
@@ -65,7 +75,7 @@ def first(called: str, dtype: torch.dtype, p: Tensor, value: complex) -> Tensor:
     if called == SCALES:
         return torch.zeros(shape(called, p), dtype=dtype, device=p.device)
     if called == MASTER:
-        return _tensors.in_order_of(p, p, dtype) if dtype == torch.float32 else _filled(p, dtype, 0)
+        return _tensors.in_order_of(p, p, dtype)
     return _filled(p, dtype, value)
 
 
@@ -74,32 +84,81 @@ def _filled(p: Tensor, dtype: torch.dtype, value: complex) -> Tensor:
 
 
 def converted(
-    state: dict[str, Any], wanted: Mapping[str, torch.dtype], names: Mapping[str, str], p: Tensor, at: int, t: int
+    name: str,
+    state: dict[str, Any],
+    wanted: Mapping[str, torch.dtype],
+    names: Mapping[str, str],
+    p: Tensor,
+    at: int,
+    t: int,
 ) -> dict[str, Any]:
     """A loaded state, each in the memory order of p, as it is to be kept: floats in other floats, or as 8-bit codes.
 
     Args:
-        names: the rule's -> torch's. at: the canonical index of the first element of p. t: the steps done.
+        name: by which messages call the state. names: the rule's -> torch's. at: the canonical index of the first
+            element of p. t: the steps done.
+
+    Raises:
+        ValueError: it is of no format, or of one that does not become the wanted one.
     """
     state = dict(state)
-    of_m, of_v = names.get("m", ""), names.get("v", "")
+    m, v = (names.get(s, s) for s in "mv")
+    codes = m + CODES, v + CODES, SCALES
+    if SCALES in state:
+        _check_codes(name, state, codes)
     if SCALES in state and SCALES not in wanted:
-        rows = [_row(state[name]) for name in (of_m, of_v, SCALES)]
-        scales = rows[2].view("u2")
-        found = _int8.to_floats(rows[0], rows[1], scales)
-        del state[SCALES]
-        state |= {of_m: _shaped(found["m"], p), of_v: _shaped(found["v"], p)}
-    elif SCALES in wanted and SCALES not in state and of_m in state and of_v in state:
-        found = _int8.from_floats(_row(state[of_m].float()), _row(state[of_v].float()), at, t)
-        state |= {of_m: _shaped(found["m"], p), of_v: _shaped(found["v"], p)}
+        rows = [_row(state.pop(called)) for called in codes]
+        found = _int8.to_floats(rows[0], rows[1], rows[2].view("u2"))
+        state |= {m: _shaped(found["m"], p), v: _shaped(found["v"], p)}
+    elif SCALES in wanted and SCALES not in state and m in state and v in state:
+        found = _int8.from_floats(_row(state.pop(m).float()), _row(state.pop(v).float()), at, t)
+        state |= {codes[0]: _shaped(found["m"], p), codes[1]: _shaped(found["v"], p)}
         state[SCALES] = torch.from_numpy(found["scales"].view("i2")).to(p.device)
-    for name, dtype in wanted.items():
-        s = state.get(name)
+    _convert_master(name, state, wanted, p)
+    for called, dtype in wanted.items():
+        s = state.get(called)
         if isinstance(s, Tensor) and s.dtype != dtype and s.is_floating_point() and dtype.is_floating_point:
-            state[name] = _tensors.in_order_of(s, p, dtype)
-    if MASTER in state and MASTER not in wanted:
-        del state[MASTER]
+            state[called] = s = _tensors.in_order_of(s, p, dtype)
+        if s is None and called not in MASTERS and state:
+            raise ValueError(f"{name} has no {called!r}, only {[*state]}; load one that is complete")
+        if isinstance(s, Tensor) and s.dtype != dtype:
+            raise ValueError(f'{name}["{called}"] has dtype {s.dtype}, of which no {dtype} is made')
     return state
+
+
+def _check_codes(name: str, state: Mapping[str, Any], codes: tuple[str, str, str]) -> None:
+    """Raises ValueError unless they are what steps make."""
+    for called, dtype in zip(codes, (*_CODES.values(), torch.int16), strict=True):
+        if called not in state or state[called].dtype != dtype:
+            raise ValueError(f"{name} has scales, and so should have {called!r} of {dtype}; it has {[*state]}")
+    block = _int8.first_corrupt(_row(state[codes[0]]), _row(state[SCALES]).view("u2").reshape(-1, 2))
+    if block >= 0:
+        raise ValueError(f"{name}: block {block} of its codes, or its scales, holds what no step has made")
+
+
+def _convert_master(name: str, state: dict[str, Any], wanted: Mapping[str, torch.dtype], p: Tensor) -> None:
+    """Between float32 and the bits beside a bfloat16 parameter; one that is not wanted is left out."""
+    low, master = state.pop(LOW, None), state.pop(MASTER, None)
+    (called,) = wanted.keys() & {*MASTERS} or {""}
+    if not called or (low is None and master is None):
+        return
+    same = master if called == MASTER else low
+    if same is not None and same.dtype == wanted[called]:
+        state[called] = same
+        return
+    ours = _row(p.detach().view(torch.int16)).view("u2")
+    x = _row(master) if master is not None else _storage.joined(ours, _unsigned(_row(low)))
+    if called == MASTER:
+        state[MASTER] = _shaped(x, p)
+        return
+    rounded, beside = _storage.split(x, np.dtype("u2" if wanted[LOW] == torch.int16 else "u1"))
+    if not np.array_equal(rounded, ours):
+        raise ValueError(f"{name}: its master does not round to the parameter; load the parameters of the run first")
+    state[LOW] = _shaped(beside.view("i2") if beside.itemsize == 2 else beside, p)
+
+
+def _unsigned(row: Any) -> Any:
+    return row.view("u2") if row.itemsize == 2 else row
 
 
 def _row(t: Tensor) -> Any:

@@ -120,13 +120,13 @@ def _found(
             form = _form(name, storage, p, held, update.rule, called)
             wanted = _kept.dtypes(form, update.rule, family.states, p)
             # A master starts from its parameter whenever there is none.
-            missing = [s for s in (*wanted, *("step",) * family.counted) if s not in held and s != _kept.MASTER]
+            missing = [s for s in (*wanted, *("step",) * family.counted) if s not in held and s not in _kept.MASTERS]
             if held and missing and family.counted:
                 raise ValueError(
                     f"the state of {name} has no {missing[0]!r}, only {[*held]}; load one that is complete"
                 )
             states = {
-                s: _tensors.state(f"{s!r} of {name}", held[s], p, dtype, _kept.shape(s, p))
+                s: _tensors.state(f"{s!r} of {name}", held[s], p, dtype, _kept.shape(s, p), s.endswith(_kept.CODES))
                 if s in held
                 else _kept.first(s, dtype, p, initial(p))
                 for s, dtype in wanted.items()

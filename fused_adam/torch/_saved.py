@@ -43,7 +43,7 @@ class Saved(NamedTuple):
                     if self.family.counted:
                         yield key, {"step": step, **states}
                     else:
-                        yield key, {called: s if called == _kept.MASTER else -s for called, s in states.items()}
+                        yield key, {called: s if called in _kept.MASTERS else -s for called, s in states.items()}
 
     def loaded(self, name: str, saved: Mapping[str, Any], p: Tensor, rule: Rule, at: int) -> dict[str, Any]:
         """A copy of one parameter's state, as it is to be kept.
@@ -56,28 +56,31 @@ class Saved(NamedTuple):
         """
         t = 0
         if self.family.counted and saved:
-            for called in ("step", *(self.family.states[s] for s in rule.states)):
-                if called not in saved:
+            needed = [self.family.states[s] for s in rule.states]
+            for called in ("step", *needed):
+                if called not in saved and called + _kept.CODES not in saved:
                     raise ValueError(f"{name} has no {called!r}, only {[*saved]}; load a state of {self.kind}")
             t = _tensors.steps(f'{name}["step"]', saved["step"])
         state = {}
         for called, value in saved.items():
-            if called in (*self.family.states.values(), _kept.MASTER, _kept.SCALES) and isinstance(value, Tensor):
+            if called in _kept.beside(self.family.states) and isinstance(value, Tensor):
                 _tensors.fits(f'{name}["{called}"]', value, p, _kept.shape(called, p))
-                coded = _kept.SCALES in saved
-                if coded and called != _kept.SCALES and value.stride() != p.stride():
+                coded = called.endswith(_kept.CODES)
+                if coded and value.stride() != p.stride():
                     raise ValueError(f'{name}["{called}"] is not in the memory order of its parameter, as blocks are')
-                plain = coded or not _tensors.is_dense(p)
-                state[called] = value.detach().clone() if plain else _tensors.in_order_of(value, p)
+                plain = coded or called == _kept.SCALES or not _tensors.is_dense(p)
+                state[called] = value.detach().to(p.device, copy=True) if plain else _tensors.in_order_of(value, p)
             else:
                 state[called] = deepcopy(value)
         if p.dtype not in _tensors.KINDS or not _tensors.is_dense(p):
             return state
-        return _kept.converted(state, self._wanted(p, rule, state), self.family.states, p, at, t)
+        if self.family.counted and t == 0:  # what a fresh optimizer saves; its parameter may get other numbers yet
+            state = {called: s for called, s in state.items() if called not in _kept.MASTERS}
+        return _kept.converted(name, state, self._wanted(p, rule, state), self.family.states, p, at, t)
 
 
 def is_first(state: Mapping[str, Any]) -> bool:
     """Whether every number is -0.0: a momentum that is zero, and not because gradients were."""
-    states = [s for called, s in state.items() if isinstance(s, Tensor) and called != _kept.MASTER]
+    states = [s for called, s in state.items() if isinstance(s, Tensor) and called not in _kept.MASTERS]
     tensors = [torch.view_as_real(s) if s.is_complex() else s for s in states]
     return not any(s.any() or not s.signbit().all() for s in tensors)

@@ -137,8 +137,9 @@ def sides(members: Sequence[Member], backend: str, settings: Settings, storage: 
     if settings.wants_norm and not settings.device_scalars and not settings.counts:
         on_device = len({m.part.t for m in members}) == 1  # or one norm for several t: the host waits for it
     found: dict[Any, list[Member]] = {}
+    stored = any(m.part.form is not None for m in members)
     for m in sorted(members, key=_order):
-        one_t = (on_device and m.part.device is not None) or m.part.form is not None
+        one_t = (on_device and m.part.device is not None) or stored
         found.setdefault((m.part.device, m.part.t if one_t else None), []).append(m)
     if len(found) > 1 and (settings.wants_norm or settings.counts):
         where = ", ".join(f"{_checks.place(device)}{'' if t is None else f' at step {t}'}" for device, t in found)

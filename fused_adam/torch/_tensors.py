@@ -140,8 +140,8 @@ def zeroable(name: str, g: Tensor) -> None:
         raise ValueError(f"{name} is expanded, which zero_grads cannot zero; pass it .contiguous()")
 
 
-def state(name: str, s: Any, p: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """What is kept of a parameter, in its memory order: itself, or a copy.
+def state(name: str, s: Any, p: Tensor, dtype: torch.dtype, shape: tuple[int, ...], blocked: bool) -> Tensor:
+    """What is kept of a parameter, in its memory order: itself, or a copy. blocked: it has scales for blocks of memory.
 
     Raises RuntimeError, TypeError or ValueError if it does not fit.
     """
@@ -157,7 +157,7 @@ def state(name: str, s: Any, p: Tensor, dtype: torch.dtype, shape: tuple[int, ..
         )
     if tuple(p.shape) != shape or local(s).stride() == local(p).stride():
         return s
-    if not s.is_floating_point() and not s.is_complex():
+    if blocked:
         raise ValueError(f"{name} is not in the memory order of its parameter, by which its blocks go; load it anew")
     return in_order_of(s, p)
 
