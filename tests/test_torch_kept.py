@@ -2,93 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import re
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import same_bits
+from kept_cases import BF16, CLASSES, F16, F32, backends, each, give, make, numbers, run, same
 from torch_cases import STEPS, torch
 
 import fused_adam
 import fused_adam.torch as ours
-
-SHAPES = [(3, 50), (129,), (), (2, 3, 40), (0, 2)]
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-CODED = {"exp_avg_codes": torch.int8, "exp_avg_sq_codes": torch.uint8, "scales": torch.int16}
-CLASSES: list[tuple[str, dict[str, Any]]] = [
-    ("SGD", {"lr": 0.1, "momentum": 0.9}),
-    ("Adam", {"lr": 0.01, "weight_decay": 0.1}),
-    ("AdamW", {"lr": 0.01}),
-    ("Lion", {"lr": 0.01, "weight_decay": 0.1}),
-]
-OF_ADAM = CLASSES[1:3]
-ROWS = [
-    (name, kwargs, dtype, options)
-    for classes, dtype, options in [
-        (CLASSES, BF16, {}),
-        (CLASSES, BF16, {"state_dtype": "float32"}),
-        (CLASSES, BF16, {"stochastic_rounding": True, "seed": 7}),
-        (CLASSES, F16, {}),
-        (CLASSES, F32, {"state_dtype": "bfloat16"}),
-        (CLASSES, BF16, {"master": "float32"}),
-        (CLASSES, F16, {"master": "float32"}),
-        (CLASSES, BF16, {"master": "split16"}),
-        (CLASSES, BF16, {"master": "split16", "state_dtype": "bfloat16"}),
-        (OF_ADAM, F32, {"state_dtype": "int8"}),
-        (OF_ADAM, BF16, {"state_dtype": "int8"}),
-        (OF_ADAM, BF16, {"master": "split8", "state_dtype": "int8", "stochastic_rounding": True}),
-        (OF_ADAM, BF16, {"master": "split8", "state_dtype": "bfloat16"}),
-    ]
-    for name, kwargs in classes
-]
-# What is there is `Format`'s business; here it is each way that a tensor is kept, once.
-FEW = [row for row in ROWS if row[0] == "AdamW"]
-each = pytest.mark.parametrize(("name", "kwargs", "dtype", "options"), ROWS)
-few = pytest.mark.parametrize(("name", "kwargs", "dtype", "options"), FEW)
-backends = pytest.mark.parametrize("backend", ["numpy", "numba"])
-
-
-def make(dtype: Any, seed: int = 0) -> list[Any]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
-
-
-def give(params: list[Any], n: int) -> None:
-    generator = torch.Generator().manual_seed(n + 1000)
-    for p in params:
-        g = torch.randn(p.shape, generator=generator).to(p.dtype)
-        if p.grad is None:
-            p.grad = g
-        else:
-            p.grad.copy_(g)
-
-
-def numbers(t: Any) -> Any:
-    """As NumPy holds them, bfloat16 as uint16, on a copy."""
-    t = t.detach().clone()
-    return (t.view(torch.int16).numpy().view(np.uint16) if t.dtype == BF16 else t.numpy()).copy()
-
-
-def run(params: list[Any], opt: Any, start: int = 0, stop: int = STEPS) -> None:
-    for n in range(start, stop):
-        give(params, n)
-        opt.step()
-
-
-def same(a: list[Any], b: list[Any]) -> bool:
-    return all(same_bits(numbers(p), numbers(q)) for p, q in zip(a, b, strict=True))
-
-
-def same_saved(a: Any, b: Any) -> bool:
-    found = a.state_dict()["state"], b.state_dict()["state"]
-    return found[0].keys() == found[1].keys() and all(
-        state.keys() == found[1][k].keys()
-        and all(same_bits(numbers(s), numbers(found[1][k][called])) for called, s in state.items())
-        for k, state in found[0].items()
-    )
 
 
 @backends
@@ -148,63 +71,6 @@ def test_beside_torch() -> None:
     assert 0 < mine <= 1.02 * theirs
 
 
-@few
-@pytest.mark.parametrize("flat", [False, True])
-def test_saved_and_loaded(name: str, kwargs: dict[str, Any], dtype: Any, options: dict[str, Any], flat: bool) -> None:
-    """Through torch.save, pickle's safe subset, into the other layout; and by deepcopy: bit for bit."""
-    params, straight = make(dtype), make(dtype)
-    opt = getattr(ours, name)(params, flat=flat, **kwargs, **options)
-    other = getattr(ours, name)(straight, **kwargs, **options)
-    run(params, opt, 0, 3)
-    run(straight, other)
-    file = io.BytesIO()
-    torch.save({"params": params, "opt": opt.state_dict()}, file)
-    file.seek(0)
-    with torch.serialization.safe_globals([torch.nn.Parameter]):
-        loaded = torch.load(file, weights_only=True)
-    again = getattr(ours, name)(loaded["params"], flat=not flat, **kwargs, **options)
-    again.load_state_dict(loaded["opt"])
-    run(loaded["params"], again, 3)
-    copied = copy.deepcopy(opt)
-    mine = copied.param_groups[0]["params"]
-    run(mine, copied, 3)
-    for found, by in ((loaded["params"], again), (mine, copied)):
-        assert same(found, straight)
-        assert same_saved(by, other)
-
-
-@pytest.mark.parametrize(
-    ("options", "keys"),
-    [
-        ({}, {"exp_avg": BF16, "exp_avg_sq": BF16}),
-        ({"state_dtype": "float32"}, {"exp_avg": F32, "exp_avg_sq": F32}),
-        ({"master": "float32"}, {"exp_avg": F32, "exp_avg_sq": F32, "master": F32}),
-        ({"state_dtype": "int8"}, CODED),
-        (
-            {"state_dtype": "int8", "master": "split8"},
-            {**CODED, "master_low": torch.uint8},
-        ),
-    ],
-)
-def test_torch_states_are_taken_over(options: dict[str, Any], keys: dict[str, Any]) -> None:
-    """A run of torch's fused bfloat16 step goes on; states become what was asked for."""
-    params = make(BF16)
-    theirs = torch.optim.AdamW(params, lr=0.01, fused=True)
-    run(params, theirs, 0, 3)
-    opt = ours.AdamW(params, lr=0.01, **options)
-    opt.load_state_dict(theirs.state_dict())
-    before = numbers(params[0])
-    run(params, opt, 3, 4)
-    run(params, theirs, 3, 4)  # a second step by the same gradients, from its own states
-    found = opt.state[params[0]]
-    assert {called: s.dtype for called, s in found.items() if called != "step"} == keys
-    assert float(found["step"]) == 4
-    assert not same_bits(numbers(params[0]), before)
-    if "scales" not in found:
-        tolerance = 2**-7 * float(theirs.state[params[0]]["exp_avg"].abs().max())
-        assert torch.allclose(found["exp_avg"].float(), theirs.state[params[0]]["exp_avg"].float(), atol=tolerance)
-
-
 @backends
 @pytest.mark.parametrize("options", [{}, {"master": "split8", "state_dtype": "int8"}])
 def test_clipped_skipped_and_zeroed(options: dict[str, Any], backend: str) -> None:
@@ -227,23 +93,6 @@ def test_clipped_skipped_and_zeroed(options: dict[str, Any], backend: str) -> No
         assert opt.last_stats() == core.last_stats()
     assert opt.last_stats().skipped == 1
     assert all(same_bits(numbers(p), a) for p, a in zip(params, arrays, strict=True))
-
-
-def test_codes_become_floats_and_codes_again() -> None:
-    params = make(F32)
-    opt = ours.AdamW(params, state_dtype="int8")
-    run(params, opt)
-    saved = opt.state_dict()
-    plain = ours.AdamW(params)
-    plain.load_state_dict(saved)
-    assert {*plain.state[params[0]]} == {"step", "exp_avg", "exp_avg_sq"}
-    assert plain.state[params[0]]["exp_avg_sq"].dtype == F32
-    again = ours.AdamW(params, state_dtype="int8")
-    again.load_state_dict(plain.state_dict())
-    for key in range(len(params)):
-        ours_, theirs = again.state_dict()["state"][key], saved["state"][key]
-        same_codes = (ours_["exp_avg_codes"].int() - theirs["exp_avg_codes"].int()).abs() <= 1
-        assert same_codes.all(), "a code is encoded to itself or, by its dither, to the next"
 
 
 def test_norms_of_float32_among_parameters_of_16_bits() -> None:
@@ -348,86 +197,6 @@ def test_what_is_refused(name: str, get: Any, message: str) -> None:
 def test_a_format_that_there_is_not() -> None:
     with pytest.raises(ValueError, match="master should be None or one of"):
         ours.AdamW(make(BF16), master="split64")
-
-
-# --- what is loaded, and when -----------------------------------------------------------------------------------------
-
-
-def test_random_bits_of_sgd_go_on_after_a_load() -> None:
-    """torch's SGD has no step; with stochastic rounding ours has one, or its random bits would come again."""
-    options = {"lr": 0.1, "momentum": 0.9, "stochastic_rounding": True}
-    params, straight = make(BF16), make(BF16)
-    opt, other = ours.SGD(params, **options), ours.SGD(straight, **options)
-    run(straight, other)
-    for n in range(STEPS):
-        run(params, opt, n, n + 1)
-        saved = opt.state_dict()
-        opt = ours.SGD(params, **options)
-        opt.load_state_dict(saved)
-    assert same(params, straight)
-
-
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("master", ["float32", "split16"])
-def test_what_is_loaded_before_the_first_step_counts(master: str, flat: bool) -> None:
-    """A wrapper may save and load a fresh optimizer; its masters are not of the numbers that come later."""
-    params = make(BF16)
-    opt = ours.AdamW(params, lr=0.01, flat=flat, master=master)
-    opt.load_state_dict(opt.state_dict())
-    with torch.no_grad():
-        for p in params:
-            p.fill_(5.0)
-    run(params, opt, 0, 1)
-    assert all((p > 4.9).all() for p in params)
-
-
-@pytest.mark.parametrize(("one", "other"), [("split16", "float32"), ("float32", "split16"), ("split16", "split8")])
-def test_masters_of_another_kind(one: str, other: str) -> None:
-    """float32 and split16 are the same numbers, so a run goes on as it was."""
-    params = make(BF16)
-    opt = ours.AdamW(params, lr=0.01, master=one)
-    run(params, opt)
-    straight = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    narrow = {"state_dtype": "bfloat16"} if other == "split8" else {}
-    again = ours.AdamW(params, lr=0.01, master=other, **narrow)
-    third = ours.AdamW(straight, lr=0.01, master=one)
-    again.load_state_dict(opt.state_dict())
-    third.load_state_dict(opt.state_dict())
-    run(params, again, STEPS, STEPS + 2)
-    run(straight, third, STEPS, STEPS + 2)
-    if other != "split8":
-        assert same(params, straight)
-    assert all(torch.allclose(p, q, rtol=2**-7, atol=1e-3) for p, q in zip(params, straight, strict=True))
-
-
-def test_a_master_of_other_parameters_does_not_load() -> None:
-    params = make(BF16)
-    opt = ours.AdamW(params, lr=0.01, master="float32")
-    run(params, opt)
-    other = ours.AdamW(make(BF16, 1), master="split16")
-    with pytest.raises(ValueError, match="master does not round to the parameter"):
-        other.load_state_dict(opt.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s.pop("scales"), "has no"),
-        (lambda s: s["scales"].fill_(0x7FC0), "block 0 of its codes, or its scales, holds what no step has made"),
-        (lambda s: s["exp_avg_codes"].fill_(-128), "holds what no step has made"),
-        (lambda s: s.update(exp_avg_codes=s["exp_avg_codes"].float()), "so should have 'exp_avg_codes' of torch.int8"),
-    ],
-)
-def test_codes_that_are_none_do_not_load(change: Any, message: str) -> None:
-    params = make(F32)
-    opt = ours.AdamW(params, state_dtype="int8")
-    run(params, opt, 0, 2)
-    saved, kept = copy.deepcopy(opt.state_dict()), copy.deepcopy(opt)
-    change(saved["state"][0])
-    for other in (opt, ours.AdamW(params)):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            other.load_state_dict(saved)
-    assert same_saved(opt, kept)
 
 
 @backends
