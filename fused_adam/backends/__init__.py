@@ -104,7 +104,36 @@ def choose(name: str, size: int, device: int | None = None) -> str:
 
 def load(name: str) -> ModuleType:
     """The module of a backend: one loop shell each, with a `Stepper` class."""
-    return importlib.import_module(_MODULES[name])
+    return module(_MODULES[name].rpartition(".")[2])
+
+
+_modules: dict[str, ModuleType] = {}
+_importing = threading.RLock()
+# What a fork waits for, in this order: in the child, what another thread was importing or compiling would be locked for
+# ever. Numba's compiler adds its lock.
+HELD_AT_FORK: list[Any] = [_importing]
+
+
+def module(name: str) -> ModuleType:
+    """One of this folder that is imported, and compiled, only where it is needed."""
+    if name not in _modules:
+        with _importing:
+            _modules[name] = importlib.import_module(f"fused_adam.backends.{name}")
+    return _modules[name]
+
+
+def _before_fork() -> None:
+    for lock in HELD_AT_FORK:
+        lock.acquire()
+
+
+def _after_fork() -> None:
+    for lock in reversed(HELD_AT_FORK):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 class Kept(NamedTuple):

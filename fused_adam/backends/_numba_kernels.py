@@ -6,7 +6,6 @@ row holds the addresses of p, g and the states as int64; the coefficients are fl
 from __future__ import annotations
 
 import hashlib
-import importlib
 import math
 import os
 import threading
@@ -18,10 +17,12 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
 from fused_adam._codegen import Rule, numba_source
 from fused_adam._storage import Format
+from fused_adam.backends import HELD_AT_FORK, module
 
 CHUNK = 2**16  # elements a thread takes at a time
 
@@ -97,7 +98,7 @@ def kernel(rule: Rule, kept: np.dtype[Any] | Format) -> int:
     with _compiling:
         if (rule, kept) not in _kernels:
             if isinstance(kept, Format):
-                stored = importlib.import_module("fused_adam.backends._numba_stored")
+                stored = module("_numba_stored")
                 _kernels[rule, kept] = compiled(rule, *stored.loop(rule, kept))
             else:
                 _kernels[rule, kept] = compiled(rule, numba_source(rule), {"_T": numba.from_dtype(kept)}, str(kept))
@@ -114,6 +115,9 @@ def compiled(rule: Rule, source: str, names: dict[str, Any], tag: str) -> Any:
     digest = hashlib.sha256(f"{source}{tag}{_HASH}".encode()).hexdigest()[:12]
     function.__name__ = function.__qualname__ = f"{rule.name}_{digest}"
     return cached(lambda **options: numba.cfunc(_SIGNATURE, **options)(function))
+
+
+HELD_AT_FORK.append(global_compiler_lock)
 
 
 def _after_fork() -> None:

@@ -7,7 +7,6 @@ and its coefficients, and commits t itself: a step is one compiled call, which n
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from fused_adam._codegen import Rule
 from fused_adam._guard import Guard
 from fused_adam._layout import FlatBuffer
 from fused_adam._sparse import Gather
-from fused_adam.backends import PID, DeferredInterrupt, Gradients, Loose, Placed, Rows
+from fused_adam.backends import PID, DeferredInterrupt, Gradients, Loose, Placed, Rows, module
 from fused_adam.backends._numba_kernels import CHUNK, cached, kernel
 
 SERIAL_BELOW = 2**18  # elements; below, waking the threads costs more than they save
@@ -197,9 +196,8 @@ def _address(column: Any, k: Any, itemsize: Any, g: Any) -> Any:
 def _arrays(part: Rows, given: Gradients | Placed) -> Sequence[Array]:
     """Gradients that were found right, 1-D."""
     if part.kept is not None:
-        from fused_adam.backends import _stored
-
-        return _stored.gradients(part, given)[1]
+        gradients: Sequence[Array] = module("_stored").gradients(part, given)[1]
+        return gradients
     if isinstance(given, FlatBuffer):
         return given.runs
     if isinstance(given, Placed):
@@ -250,9 +248,9 @@ class Stepper:
     def prepare(self, rules: Sequence[Rule], by_row: bool, norm: bool) -> None:
         """by_row: for `step_rows`. norm: for one that needs it."""
         self._take(rules)
-        ready(self._n, importlib.import_module("fused_adam.backends._numba_rows").LOOPS if by_row else _LOOPS)
+        ready(self._n, module("_numba_rows").LOOPS if by_row else _LOOPS)
         if norm:
-            ready(self._n, importlib.import_module("fused_adam.backends._numba_norm").LOOPS)
+            ready(self._n, module("_numba_norm").LOOPS)
 
     def _use(self, rules: Sequence[Rule], coefficients: Sequence[Sequence[float]]) -> None:
         if self._rules != rules:
@@ -298,11 +296,9 @@ class Stepper:
             _checks.zeroable(gradients)
         total = None
         if guard.settings.wants_norm:
-            from fused_adam.backends import _numba_norm  # compiled only where it is needed
-
             kinds = [self._forms[k].g if k in self._forms else part.dtype.name for k, part in enumerate(self._parts)]
             unscaling = [guard.unscaling[part.dtype] for part in self._parts]
-            total = _numba_norm.total(self._n, self._rows, self._first, kinds, unscaling)
+            total = module("_numba_norm").total(self._n, self._rows, self._first, kinds, unscaling)
         coefficients = guard.decide(total)
         if coefficients is not None:
             self._set(coefficients)
@@ -331,14 +327,12 @@ class Stepper:
 
     def _bind_stored(self, k: int, given: Gradients | Placed, t: int) -> list[Array]:
         """The gradients of a part of which something is kept in 16 bits: their kind chooses the kernel."""
-        from fused_adam.backends import _stored
-
         part, column = self._parts[k], self._gradients[k]
         self._steps[k][:] = t
         if isinstance(given, Placed):
             column[:] = given.addresses
             return []
-        kept, gs = _stored.gradients(part, given)
+        kept, gs = module("_stored").gradients(part, given)
         if isinstance(given, FlatBuffer):
             column[:] = given.addresses
         elif isinstance(given, Loose):
@@ -360,10 +354,9 @@ class Stepper:
         gathers: Sequence[Sequence[Gather | None]],
     ) -> None:
         """`step` where of each parameter that has one only the rows of its gather move."""
-        from fused_adam.backends._numba_rows import LOOPS, Moves  # compiled only where they are needed
-
+        by_row = module("_numba_rows")
         self._use(rules, coefficients)
-        moves = Moves()
+        moves = by_row.Moves()
         ordinary: dict[int, Array] = {}  # gradients, by the row of the table
         r = 0
         for part, code, given, some in zip(self._parts, self._kernels.tolist(), gradients, gathers, strict=True):
@@ -378,9 +371,9 @@ class Stepper:
         rows = self._rows[[*ordinary]]
         rows[:, COLUMNS + 1] = [address(g) for g in ordinary.values()]
         n = int(rows[:, 0].sum()) + moves.n
-        ready(n, LOOPS)
+        ready(n, by_row.LOOPS)
         arguments = (rows, chunks(rows), self._kernels, self._coefficients, *moves.arguments(), self._t, t)
-        launch(n, *arguments, loops=LOOPS)
+        launch(n, *arguments, loops=by_row.LOOPS)
 
     def _bind(self, part: Rows, column: Array, nbytes: Array, given: Loose) -> list[Array]:
         """Check the gradients and write their addresses."""
@@ -406,7 +399,7 @@ class Stepper:
 
 def run(rule: Rule, coefficients: Sequence[float], p: Array, g: Array, states: Sequence[Array]) -> None:
     """One step on checked 1-D arrays, for `adam_step`; its calls to come are checked and run by compiled code."""
-    importlib.import_module("fused_adam.backends._numba_adam_step")
+    module("_numba_adam_step")
     rows = np.array([[p.size, 0, *map(address, (p, g, *states))]], np.int64)
     kernels = np.array([kernel(rule, p.dtype)], np.int64)
     first = np.array([0, -(-p.size // CHUNK)], np.int64)

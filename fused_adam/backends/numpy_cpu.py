@@ -17,7 +17,7 @@ from fused_adam._layout import FlatBuffer
 from fused_adam._norm import Total, block_sums
 from fused_adam._sparse import Gather
 from fused_adam._storage import decoded
-from fused_adam.backends import DeferredInterrupt, Gradients, Kept, Loose, Placed, Rows
+from fused_adam.backends import DeferredInterrupt, Gradients, Kept, Loose, Placed, Rows, module
 
 # Elements a chunk: five float32 streams and the scratch rows of one chunk fit in a 1 MiB L2 cache.
 CHUNK = 2**15
@@ -161,13 +161,12 @@ def _part_calls(
         for (p, *states), g in zip(pair.rows, pair.gs, strict=True):
             calls += _calls(rule, coefficients, p, g, states, counter)
         return calls
-    from fused_adam.backends import _numpy_stored
-
+    stored = module("_numpy_stored")
     f, rows = kernel(rule)
     scratch = _scratch(2 + len(rule.states) + rows, part.dtype)
     kept = pair.kept._replace(t=t)
     for (p, *rest), g, first in zip(pair.rows, pair.gs, pair.first, strict=True):
-        calls += _numpy_stored.calls(rule, f, coefficients, p, g, rest, kept, first, scratch, CHUNK)
+        calls += stored.calls(rule, f, coefficients, p, g, rest, kept, first, scratch, CHUNK)
     return calls
 
 
@@ -336,9 +335,7 @@ class Stepper:
 
     def _pair(self, part: Rows, given: Gradients | Placed) -> _Pair:
         if part.kept is not None:
-            from fused_adam.backends import _stored
-
-            kept, gs = _stored.gradients(part, given)
+            kept, gs = module("_stored").gradients(part, given)
             if isinstance(given, FlatBuffer):
                 return _Pair(part.runs, gs, kept, part.run_first)
             if isinstance(given, Loose):

@@ -10,6 +10,7 @@ import numpy as np
 
 from fused_adam._arrays import Array, address
 from fused_adam._norm import LIMBS, Total
+from fused_adam.backends import module
 from fused_adam.distributed._collective import Collective
 
 _DIGIT = 0xFFFFFFFF
@@ -22,13 +23,13 @@ def local(arrays: Sequence[Array], unscaling: float, dtype: np.dtype[Any], backe
         from fused_adam.backends import numpy_cpu
 
         return numpy_cpu.total_of([(arrays, dtype.type(unscaling))])
-    from fused_adam.backends import _numba_norm, numba_cpu
-
+    numba_cpu, norm = module("numba_cpu"), module("_numba_norm")
     columns = numba_cpu.COLUMNS
     rows = np.zeros((len(arrays), columns + 2), np.int64)
     rows[:, 0] = [a.size for a in arrays]
     rows[:, columns + 1] = [address(a) for a in arrays]
-    return _numba_norm.total(int(rows[:, 0].sum()), rows, numba_cpu.chunks(rows), [dtype.name], [unscaling])
+    total: Total = norm.total(int(rows[:, 0].sum()), rows, numba_cpu.chunks(rows), [dtype.name], [unscaling])
+    return total
 
 
 def of_all(collective: Collective, total: Total) -> Total:
