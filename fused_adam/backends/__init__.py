@@ -107,7 +107,6 @@ def load(name: str) -> ModuleType:
     return module(_MODULES[name].rpartition(".")[2])
 
 
-_modules: dict[str, ModuleType] = {}
 _importing = threading.RLock()
 # What a fork waits for, in this order: in the child, what another thread was importing or compiling would be locked for
 # ever. Numba's compiler adds its lock.
@@ -116,10 +115,8 @@ HELD_AT_FORK: list[Any] = [_importing]
 
 def module(name: str) -> ModuleType:
     """One of this folder that is imported, and compiled, only where it is needed."""
-    if name not in _modules:
-        with _importing:
-            _modules[name] = importlib.import_module(f"fused_adam.backends.{name}")
-    return _modules[name]
+    with _importing:
+        return importlib.import_module(f"fused_adam.backends.{name}")
 
 
 def _before_fork() -> None:
